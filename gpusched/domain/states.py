@@ -1,0 +1,109 @@
+"""The states of a managed process and the one table of how it moves between them.
+
+Nothing else in the project assigns a state: the engine looks every change up here.
+See also: ``moves.py`` (what a freeze or thaw consists of), ``exchange.py`` (operations over several processes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+
+class ProcState(StrEnum):
+    """Where a managed process is. The values are wire names."""
+
+    STARTING = "starting"
+    ACTIVE = "active"
+    FREEZING = "freezing"
+    FROZEN = "frozen"
+    THAWING = "thawing"
+    FAILED = "failed"
+    DEAD = "dead"
+
+
+class Tier(StrEnum):
+    """Where the authoritative copy of a process's device memory is. Derived, never stored."""
+
+    GPU = "gpu"
+    RAM = "ram"
+    DISK = "disk"
+
+
+class Trigger(StrEnum):
+    """What can happen to a process: the start or end of a move, or something that was observed."""
+
+    STARTED = "started"
+    FREEZE = "freeze"
+    THAW = "thaw"
+    DONE = "done"
+    ROLLED_BACK = "rolled_back"
+    LOST = "lost"
+    EXITED = "exited"
+    FOUND_ACTIVE = "found_active"
+    FOUND_FROZEN = "found_frozen"
+    FOUND_BROKEN = "found_broken"
+
+
+_S = ProcState
+_T = Trigger
+
+#: (state, trigger) -> next state. A pair that is not here is illegal and changes nothing.
+TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxyType(
+    {
+        (_S.STARTING, _T.STARTED): _S.ACTIVE,
+        (_S.STARTING, _T.EXITED): _S.DEAD,
+        (_S.ACTIVE, _T.FREEZE): _S.FREEZING,
+        (_S.ACTIVE, _T.EXITED): _S.DEAD,
+        (_S.FREEZING, _T.DONE): _S.FROZEN,
+        (_S.FREEZING, _T.ROLLED_BACK): _S.ACTIVE,
+        (_S.FREEZING, _T.LOST): _S.FAILED,
+        (_S.FREEZING, _T.EXITED): _S.DEAD,
+        (_S.FROZEN, _T.THAW): _S.THAWING,
+        (_S.FROZEN, _T.EXITED): _S.DEAD,
+        (_S.THAWING, _T.DONE): _S.ACTIVE,
+        (_S.THAWING, _T.ROLLED_BACK): _S.FROZEN,
+        (_S.THAWING, _T.LOST): _S.FAILED,
+        (_S.THAWING, _T.EXITED): _S.DEAD,
+        (_S.FAILED, _T.EXITED): _S.DEAD,
+        # A move that outlived its process still ends; the process stays dead.
+        (_S.DEAD, _T.DONE): _S.DEAD,
+        (_S.DEAD, _T.ROLLED_BACK): _S.DEAD,
+        (_S.DEAD, _T.LOST): _S.DEAD,
+        (_S.DEAD, _T.EXITED): _S.DEAD,
+        # Reality over memory: what a look at the driver showed, at recovery or after a failure.
+        **{
+            (state, trigger): found
+            for state in (_S.ACTIVE, _S.FREEZING, _S.FROZEN, _S.THAWING, _S.FAILED)
+            for trigger, found in (
+                (_T.FOUND_ACTIVE, _S.ACTIVE),
+                (_T.FOUND_FROZEN, _S.FROZEN),
+                (_T.FOUND_BROKEN, _S.FAILED),
+            )
+        },
+    }
+)
+
+#: A move is under way: exactly one ``DONE``, ``ROLLED_BACK`` or ``LOST`` will follow.
+MOVING: Final = frozenset({_S.FREEZING, _S.THAWING})
+#: The processes of the tree exist.
+ALIVE: Final = frozenset(_S) - {_S.DEAD}
+
+
+class InvalidTransition(Exception):
+    """The pair (state, trigger) is not in the table: a defect, since requests are checked first."""
+
+
+def transition(state: ProcState, trigger: Trigger) -> ProcState:
+    """The state after ``trigger``. Raises InvalidTransition for a pair that the table does not have."""
+    try:
+        return TRANSITIONS[state, trigger]
+    except KeyError:
+        raise InvalidTransition(f"{trigger} is not possible in state {state}") from None
+
+
+def tier_of(state: ProcState) -> Tier:
+    """The tier that holds the authoritative copy in ``state`` (a wire promise: gpu for all but frozen)."""
+    return Tier.RAM if state is ProcState.FROZEN else Tier.GPU

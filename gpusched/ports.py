@@ -1,0 +1,241 @@
+"""What the engine needs from the world: interfaces and the plain values that cross them.
+
+Mechanisms implement these; tests script them. Nothing here does any work.
+
+Units: ``*_bytes`` bytes, ``*_s`` seconds (monotonic unless ``_unix``), pids are host pids. GPUs are named by UUID
+("GPU-...."); an index is only how people say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class DriverState(StrEnum):
+    """What the driver says of one process. Unknown numbers become UNKNOWN: newer drivers add states."""
+
+    NONE = "none"  # the process has no CUDA state (or is gone)
+    RUNNING = "running"
+    LOCKED = "locked"
+    CHECKPOINTED = "checkpointed"
+    CHANGING = "changing"  # a checkpoint or restore is under way
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One physical (or simulated) GPU."""
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a driver backend is and can do; constant while the daemon runs."""
+
+    backend: str  # "cuda" or "sim"
+    simulated: bool
+    driver_version: str
+    gpus: tuple[Gpu, ...]
+    can_migrate: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """VRAM at one instant. ``processes[pid][uuid]`` is in bytes."""
+
+    gpus: dict[str, GpuMemory]
+    processes: dict[int, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obstacle:
+    """A reason why a process must not be checkpointed, found before it is touched.
+
+    ``certain`` obstacles cannot be forced; the others say that we could not tell.
+    """
+
+    pid: int
+    kind: str  # "managed_memory", "ipc", "nccl_p2p", "mig", "mps", ...
+    message: str  # what, and the way out
+    certain: bool = True
+
+
+class DriverApi(Protocol):
+    """The driver's calls as a backend makes them: blocking, one thread per call, safe from many threads.
+
+    Lives in the helper process. Every method may raise ``errors.DriverError`` (details: call, result, pid).
+    After an error of ``lock``, ``checkpoint``, ``restore`` or ``unlock`` the only truth is ``state``.
+    """
+
+    def describe(self) -> Description: ...
+    def usage(self) -> Usage: ...
+
+    def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
+        """Never blocks for long; a pid without CUDA state, or gone, is NONE."""
+        ...
+
+    def lock(self, pid: int, timeout_s: float) -> None:
+        """CUDA calls of ``pid`` block from here on. Raises LockTimeout: the process runs on, unlocked."""
+        ...
+
+    def checkpoint(self, pid: int) -> None:
+        """LOCKED -> CHECKPOINTED: device memory to host memory, the GPU is released."""
+        ...
+
+    def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
+        """CHECKPOINTED -> LOCKED, onto the GPUs that ``gpu_map`` (a full permutation, UUID to UUID) says."""
+        ...
+
+    def unlock(self, pid: int) -> None:
+        """LOCKED -> RUNNING."""
+        ...
+
+    def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
+        """What would make a checkpoint, or the restore after it, fail. Touches nothing."""
+        ...
+
+
+class Driver(Protocol):
+    """``DriverApi`` as the engine sees it: awaited, with deadlines, in a process that may crash or hang.
+
+    Raises what the API raises, and DeadlineExceeded or Unavailable when the helper hung or died: then the call may
+    or may not have happened, and ``states`` tells.
+    """
+
+    async def describe(self) -> Description: ...
+    async def usage(self) -> Usage: ...
+    async def states(self, pids: Sequence[int]) -> dict[int, DriverState]: ...
+    async def lock(self, pid: int, timeout_s: float) -> None: ...
+    async def checkpoint(self, pid: int, deadline_s: float) -> None: ...
+    async def restore(
+        self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
+    ) -> None: ...
+    async def unlock(self, pid: int) -> None: ...
+    async def obstacles(self, pids: Sequence[int]) -> list[Obstacle]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One process for ever: a pid alone is reused. ``start_ticks`` is field 22 of /proc/PID/stat."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of a tree, read from /proc at one instant."""
+
+    pid: int
+    start_ticks: int
+    ruid: int
+    stopped: bool
+    zombie: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """All that a supervisor needs to start a command. Paths are absolute; ``env`` is complete."""
+
+    tree_id: str
+    name: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    log_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitStatus:
+    """How the main process of a tree ended. Both None: it ended and nobody saw how (adopted processes)."""
+
+    code: int | None = None
+    signal: int | None = None
+
+
+class Trees(Protocol):
+    """Processes and their descendants: starting, finding, stopping, ending. Never signals a bare pid."""
+
+    async def launch(self, launch: Launch) -> Identity:
+        """Starts a command under its own supervisor, which outlives the daemon.
+
+        Raises InvalidRequest when the command cannot be executed (no such file, no permission, bad cwd).
+        """
+        ...
+
+    async def identify(self, pid: int) -> Identity:
+        """Raises NotFound when no such process runs."""
+        ...
+
+    async def is_alive(self, identity: Identity) -> bool: ...
+
+    async def members(self, tree_id: str, main: Identity) -> list[Member]:
+        """Every live process of the tree, the main one first; empty when all are gone. Zombies are left out."""
+        ...
+
+    async def signal(self, members: Sequence[Member], signal: int) -> None:
+        """Sends by pidfd, after checking each start time; members that are gone are passed over."""
+        ...
+
+    async def set_oom_score(
+        self, members: Sequence[Member], score: int | Mapping[int, int]
+    ) -> dict[int, int]:
+        """Sets oom_score_adj, for all or for each pid; returns the old ones. Never raises."""
+        ...
+
+    async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
+        """Returns when the main process has ended; at most 2 s later than that the status is known or never."""
+        ...
+
+    async def leftovers(self) -> list[tuple[str, Launch, Identity]]:
+        """Trees that a supervisor of this state directory started and that still run, for recovery."""
+        ...
+
+    async def forget(self, tree_id: str) -> None:
+        """Removes the supervisor's files of a tree that has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRam:
+    total_bytes: int
+    available_bytes: int
+
+
+class Host(Protocol):
+    def ram(self) -> HostRam: ...
+    def cgroup_room_bytes(self, pid: int) -> int | None:
+        """Bytes until the memory limit of the pid's cgroup (and its parents); None without a limit."""
+        ...
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float: ...
+    def unix_s(self) -> float: ...
+
+
+class Journal(Protocol):
+    """Durable memory of the engine: one JSON object a record, in order."""
+
+    async def append(self, *records: Mapping[str, object]) -> None:
+        """Returns when the records are on disk (fsync). Raises InsufficientDisk; then nothing was recorded."""
+        ...

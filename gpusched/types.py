@@ -1,0 +1,157 @@
+"""The shapes of results, for typed clients and for the daemon that makes them. Standard library only.
+
+Integers are JSON numbers without a fraction; ``*_mb`` are MiB, ``*_ms`` milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+
+class RunResult(TypedDict):
+    name: str
+    pid: int
+
+
+class FreezeResult(TypedDict):
+    name: str
+    duration_ms: int
+    tier: str
+    mem_mb: int
+    phases_ms: NotRequired[dict[str, float]]
+    simulated: NotRequired[bool]
+
+
+class ThawResult(TypedDict):
+    name: str
+    duration_ms: int
+    from_tier: str
+    mem_mb: int
+    evicted: NotRequired[list[str]]
+    phases_ms: NotRequired[dict[str, float]]
+    simulated: NotRequired[bool]
+
+
+class SwapResult(TypedDict):
+    duration_ms: int
+    off: list[FreezeResult]
+    on: list[ThawResult]
+
+
+class KillResult(TypedDict):
+    name: str
+
+
+class MigrateResult(TypedDict):
+    name: str
+    from_gpu: int
+    to_gpu: int
+    duration_ms: int
+
+
+class AdoptResult(TypedDict):
+    name: str
+    pid: int
+    mem_mb: int
+
+
+class AcquireResult(TypedDict):
+    """``lease`` ends with the connection, or after ``expires_s`` seconds when that is not null."""
+
+    name: str
+    lease: str
+    expires_s: float | None
+    duration_ms: int
+    from_tier: str
+    mem_mb: int
+
+
+class ReleaseResult(TypedDict):
+    name: str
+    released: int
+
+
+class LogsResult(TypedDict):
+    name: str
+    lines: list[str]
+    output: str
+
+
+class GpuStatus(TypedDict):
+    index: int
+    name: str
+    mem_total_mb: int
+    mem_used_mb: int
+    mem_free_mb: int
+    uuid: str
+
+
+class ProcessStatus(TypedDict):
+    name: str
+    pid: int
+    state: str
+    gpu: int
+    mem_mb: int
+    age: str
+    started: str
+    tier: str
+    gpus: list[int]
+    user: str
+    uid: int
+    adopted: bool
+    evictable: bool
+    leases: int
+    op: str | None
+    exit_code: int | None
+    exit_signal: int | None
+    error: str | None
+
+
+class MemoryStatus(TypedDict):
+    host_ram_total_mb: int
+    host_ram_free_mb: int
+    host_ram_budget_mb: int
+    snapshots_mb: int
+    disk_used_mb: int
+    disk_budget_mb: int
+
+
+class Metrics(TypedDict):
+    requests: int
+    cache_hits: int
+    freezes: int
+    thaws: int
+    forks: int
+    migrations: int
+    hibernations: int
+    cold_starts: int
+    avg_freeze_ms: int
+    avg_thaw_ms: int
+
+
+class Event(TypedDict):
+    time: str
+    type: str
+    process: NotRequired[str]
+    detail: NotRequired[str]
+    duration_ms: NotRequired[int]
+
+
+class Capabilities(TypedDict):
+    cuda_checkpoint: bool
+    criu: bool
+    driver_version: NotRequired[str]
+    backend: NotRequired[str]
+    simulated: NotRequired[bool]
+    migrate: NotRequired[bool]
+
+
+class Status(TypedDict):
+    gpus: list[GpuStatus]
+    processes: list[ProcessStatus]
+    memory: MemoryStatus
+    metrics: Metrics
+    recent_events: list[Event]
+    capabilities: Capabilities
+    version: NotRequired[str]
+    pid: NotRequired[int]
