@@ -8,7 +8,7 @@ Units: ``*_bytes`` bytes, ``*_s`` seconds (monotonic unless ``_unix``), pids are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -192,6 +192,12 @@ class Trees(Protocol):
         """Every live process of the tree, the main one first; empty when all are gone. Zombies are left out."""
         ...
 
+    async def locate(
+        self, pids: Sequence[int], mains: Mapping[str, Identity]
+    ) -> dict[int, str]:
+        """Which of the trees ``mains`` (tree id -> main process) each pid belongs to; others are left out."""
+        ...
+
     async def signal(self, members: Sequence[Member], signal: int) -> None:
         """Sends by pidfd, after checking each start time; members that are gone are passed over."""
         ...
@@ -204,6 +210,14 @@ class Trees(Protocol):
 
     async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
         """Returns when the main process has ended; at most 2 s later than that the status is known or never."""
+        ...
+
+    async def record_adopted(self, launch: Launch, main: Identity) -> None:
+        """Writes the per-tree record of a process that somebody else started, so that recovery can find it."""
+        ...
+
+    async def exit_status(self, tree_id: str) -> ExitStatus | None:
+        """What the supervisor wrote when the main process ended; None while it lives or where nobody wrote."""
         ...
 
     async def leftovers(self) -> list[tuple[str, Launch, Identity]]:
@@ -228,6 +242,22 @@ class Host(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """An account as the system knows it; an unknown uid has its number as name and / as home."""
+
+    name: str
+    home: str
+    shell: str
+    groups: tuple[int, ...]
+
+
+class Users(Protocol):
+    async def lookup(self, uid: int, gid: int) -> User:
+        """May ask a directory service; never raises for an unknown uid."""
+        ...
+
+
 class Clock(Protocol):
     def monotonic_s(self) -> float: ...
     def unix_s(self) -> float: ...
@@ -239,3 +269,10 @@ class Journal(Protocol):
     async def append(self, *records: Mapping[str, object]) -> None:
         """Returns when the records are on disk (fsync). Raises InsufficientDisk; then nothing was recorded."""
         ...
+
+    async def rewrite(self, records: Iterable[Mapping[str, object]]) -> None:
+        """Replaces all records at once, in order with the appends. Raises InsufficientDisk; the old ones stay."""
+        ...
+
+    @property
+    def size_bytes(self) -> int: ...

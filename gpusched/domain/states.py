@@ -68,6 +68,9 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
         (_S.THAWING, _T.LOST): _S.FAILED,
         (_S.THAWING, _T.EXITED): _S.DEAD,
         (_S.FAILED, _T.EXITED): _S.DEAD,
+        # Worth another try: every step looks at the driver first.
+        (_S.FAILED, _T.FREEZE): _S.FREEZING,
+        (_S.FAILED, _T.THAW): _S.THAWING,
         # A move that outlived its process still ends; the process stays dead.
         (_S.DEAD, _T.DONE): _S.DEAD,
         (_S.DEAD, _T.ROLLED_BACK): _S.DEAD,

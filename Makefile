@@ -1,0 +1,64 @@
+# Each target sets up .venv by itself. Needs python3 (3.11 or later) with python3-venv; uses uv where it is.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+UV     := $(shell command -v uv 2>/dev/null)
+
+# pytest answers 5 when it ran nothing: an error here, as every other non-zero status.
+PYTEST := $(BIN)/python -m pytest
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check soak bench docs format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## set up .venv with everything that development needs
+
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or later, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: $$($(PYTHON) --version) is too old: gpusched needs 3.11 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
+ifneq ($(UV),)
+	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[dev]'
+else
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "make: $(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+endif
+	@touch $@
+
+demo: $(READY) ## two models that do not fit together share a GPU by turns (simulated where there is none)
+	$(BIN)/python -m gpusched.demo $(ARGS)
+
+test: $(READY) ## the tests; needs no GPU (ARGS="-k name" passes options to pytest)
+	$(PYTEST) $(ARGS)
+
+check: $(READY) ## ruff, its formatter, mypy --strict and the architecture's contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(READY) ## every test with its full counts, the slow ones too
+	GPUSCHED_SOAK=1 $(PYTEST) -m "slow or not slow" $(ARGS)
+
+bench: $(READY) ## freeze, thaw and cold start, measured beside the bare driver (needs a GPU)
+	$(BIN)/python benchmarks/freeze_thaw.py $(ARGS)
+
+docs: $(READY) ## regenerate the documents that are made from the code
+	$(BIN)/python scripts/make_docs.py
+
+format: $(READY) ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

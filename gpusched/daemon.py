@@ -1,0 +1,228 @@
+"""The composition root: builds everything, decides nothing.
+
+    journal, trees, driver helper -> recovery -> engine -> Unix socket
+
+Runs in the foreground until SIGTERM or SIGINT; managed processes live on. See also: ``config.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import gpusched
+from gpusched import errors
+from gpusched.config import Settings
+from gpusched.engine import recovery
+from gpusched.engine.core import Limits, Ports
+from gpusched.engine.engine import Engine
+from gpusched.engine.model import to_record
+from gpusched.engine.moves import Mover
+from gpusched.mechanisms import journal as journals
+from gpusched.mechanisms import logs
+from gpusched.mechanisms.clock import SystemClock
+from gpusched.mechanisms.driver_client import DriverClient
+from gpusched.mechanisms.host import ProcHost
+from gpusched.mechanisms.trees import TreeKeeper
+from gpusched.mechanisms.users import SystemUsers
+from gpusched.ports import Description
+from gpusched.servers.unix import LogReader, UnixServer
+from gpusched.units import format_size
+
+log = logging.getLogger("gpusched.daemon")
+
+#: How long running operations may take to end at a shutdown; systemd's own default is 90 s.
+SHUTDOWN_TIMEOUT_S: Final = 80.0
+DEFAULT_RAM_SHARE: Final = 0.8
+
+
+def main(settings: Settings) -> int:
+    """Runs the daemon until it is told to stop. Returns the process's exit code; errors go to standard error."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    sys.setswitchinterval(0.0005)  # short turns: the loop must not wait for a thread that reads /proc
+    _raise_descriptor_limit()
+    try:
+        with _only_daemon(settings.state_dir):
+            asyncio.run(_run(settings))
+    except errors.GpuschedError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.family.value
+    return 0
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    failure: errors.GpuschedError | None = None
+    async with asyncio.TaskGroup() as tasks:
+        try:
+            await _serve(settings, tasks, stop)
+        except errors.GpuschedError as error:
+            failure = error
+        # Everything that still runs only waits for things to happen; nothing of it is left to do.
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+    settings.log_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    clock, host, users = SystemClock(), ProcHost(), SystemUsers()
+    trees = TreeKeeper(settings.state_dir)
+    backend = "sim" if settings.backend == "sim" else "cuda"
+    driver = DriverClient(_driver_options(settings, backend), tasks)
+    description = await driver.describe()
+    limits = _limits(settings, host.ram().total_bytes, backend)
+
+    path = settings.state_dir / "journal"
+    memory = _remember(path, backend)
+    mover = Mover(driver, trees, clock, settings.lock_timeout_s)
+    recover = recovery.Recovery(driver, trees, clock, users, mover)
+    processes = await recover.recover(memory)
+    journal = journals.FileJournal(path, backend)
+    await journal.rewrite([{"proc": to_record(p)} for p in processes])
+
+    ports = Ports(
+        driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users
+    )
+    engine = Engine(ports, description, limits, tasks, version=gpusched.__version__)
+    engine.take_over(processes)
+    tasks.create_task(engine.run(), name="engine")
+    server = UnixServer(
+        engine, settings.socket_path, settings.group, LogReader(logs.tail, logs.follow)
+    )
+    await server.start()
+    for note in recover.notes:
+        engine.core.events.emit("recovery", detail=note)
+    _announce(settings, description, len(processes))
+    await stop.wait()
+
+    log.info("stopping; managed processes live on")
+    try:
+        await engine.close(SHUTDOWN_TIMEOUT_S)
+    except TimeoutError:
+        log.error("operations still run after %.0f s; the next daemon sorts them out", SHUTDOWN_TIMEOUT_S)
+    await server.close()
+    driver.close()
+    journal.close()
+    trees.close()
+
+
+def _remember(path: Path, backend: str) -> recovery.Remembered:
+    """The journal's content. One of another backend is refused; an unreadable one is set aside, never deleted."""
+    try:
+        records = journals.read(path)
+    except journals.JournalUnreadable as error:
+        aside = path.with_name(f"{path.name}.unreadable-{os.getpid()}")
+        path.rename(aside)
+        log.error("the journal cannot be read (%s); kept as %s, going by the trees' own records", error, aside)
+        return recovery.Remembered()
+    if records and records[0].get("backend") != backend:
+        raise errors.ProtocolMismatch(
+            f"{path} was written with the {records[0].get('backend')} backend, not {backend}; "
+            "use another --state-dir, or the backend that it belongs to"
+        )
+    return recovery.replay(records[1:])
+
+
+def _driver_options(settings: Settings, backend: str) -> list[str]:
+    options = ["--backend", backend]
+    if backend == "sim":
+        options += [
+            "--sim-dir",
+            str(sim_directory(settings.state_dir)),
+            "--sim-gpus",
+            str(settings.sim_gpus),
+            "--sim-vram-bytes",
+            str(settings.sim_vram_bytes),
+        ]
+    if settings.allow_old_driver:
+        options.append("--allow-old-driver")
+    return options
+
+
+def sim_directory(state_dir: Path) -> Path:
+    """Where simulated VRAM lies: in shared memory, one place for each state directory."""
+    tag = f"{zlib.crc32(os.fsencode(state_dir.resolve())):08x}"
+    return Path("/dev/shm") / f"gpusched-sim-{os.geteuid()}-{tag}"  # noqa: S108 - made safely by the backend
+
+
+def _limits(settings: Settings, ram_bytes: int, backend: str) -> Limits:
+    forced = (
+        {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
+    )
+    budget = settings.ram_budget_bytes
+    return Limits(
+        ram_budget_bytes=int(ram_bytes * DEFAULT_RAM_SHARE) if budget is None else budget,
+        disk_budget_bytes=settings.disk_budget_bytes,
+        log_dir=settings.log_dir,
+        lock_timeout_s=settings.lock_timeout_s,
+        kill_grace_s=settings.kill_grace_s,
+        operation_wait_s=settings.operation_wait_s,
+        default_env=dict(settings.passed_on_env),
+        forced_env=forced,
+    )
+
+
+def _announce(settings: Settings, description: Description, processes: int) -> None:
+    kind = "simulated GPUs" if description.simulated else "GPUs"
+    listed = ", ".join(f"{g.name} {format_size(g.total_bytes)}" for g in description.gpus)
+    log.info(
+        "ready socket=%s backend=%s driver=%s %s=[%s] processes=%d pid=%d",
+        settings.socket_path,
+        description.backend,
+        description.driver_version,
+        kind.replace(" ", "_"),
+        listed,
+        processes,
+        os.getpid(),
+    )
+
+
+@contextlib.contextmanager
+def _only_daemon(state_dir: Path) -> Iterator[None]:
+    """Holds the state directory for this daemon alone. Raises Unavailable when another one has it."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise errors.Unavailable(
+            f"cannot use the state directory {state_dir}: {error.strerror}; choose another with --state-dir"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise errors.Unavailable(
+            f"another daemon uses {state_dir}; stop it, or choose another with --state-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _raise_descriptor_limit() -> None:
+    """A descriptor for each process and each connection: the soft limit of 1024 is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,130 @@
+"""The one multi-process operation: move some trees off their GPUs, then some on; all or nothing.
+
+Freeze is an exchange with only ``off``, thaw one with only ``on``; swap has both, thaw-with-eviction has the victims
+in ``off``, and migrate has the same tree in both. So there is one place for the order of moves and for what a
+failure undoes. Pure: the engine performs the orders and reports how each one ended.
+
+The phases, in order:
+1. OFF: all of ``off`` freeze, at the same time.
+2. ON: all of ``on`` thaw, at the same time, when every freeze is done.
+3. UNDO_ON, only after a failure in 2: what had thawed is frozen again.
+4. UNDO_OFF, only after a failure: what 1 froze is thawed again, onto the GPUs it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import assert_never
+
+from gpusched.domain.moves import Move, Outcome
+
+
+class Phase(Enum):
+    OFF = auto()
+    ON = auto()
+    UNDO_ON = auto()
+    UNDO_OFF = auto()
+    ENDED = auto()
+
+
+#: GPU UUID -> GPU UUID, a full permutation; None leaves a tree where it was.
+GpuMap = Mapping[str, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One move that the engine is to perform now."""
+
+    tree_id: str
+    move: Move
+    gpu_map: GpuMap = None
+    is_undo: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """Tree ids to freeze and tree ids to thaw (each with its GPU map), and how far that has come."""
+
+    off: tuple[str, ...] = ()
+    on: Mapping[str, GpuMap] = field(default_factory=dict)
+    phase: Phase = Phase.OFF
+    outcome: Outcome | None = None
+    _waiting: set[str] = field(default_factory=set)
+    _ended: dict[str, Outcome] = field(default_factory=dict)  # of the current phase
+    _went_off: tuple[str, ...] = ()
+    _went_on: tuple[str, ...] = ()
+    _failed: bool = False
+    _lost: bool = False
+
+    def start(self) -> list[Order]:
+        """The first orders; none at all (and an outcome) when there is nothing to do."""
+        return self._enter(Phase.OFF)
+
+    def ended(self, tree_id: str, outcome: Outcome) -> list[Order]:
+        """Takes note of one ended move; returns what to do next (often nothing yet).
+
+        When ``phase`` is ENDED afterwards, ``outcome`` says how the whole ended.
+        """
+        self._waiting.remove(tree_id)
+        self._ended[tree_id] = outcome
+        self._lost |= outcome is Outcome.LOST
+        if self._waiting:
+            return []
+        done = tuple(t for t, o in self._ended.items() if o is Outcome.DONE)
+        all_done = len(done) == len(self._ended)
+        match self.phase:
+            case Phase.OFF:
+                self._went_off = done
+                return self._enter(Phase.ON if all_done else Phase.UNDO_OFF)
+            case Phase.ON:
+                self._went_on = done
+                return self._enter(Phase.ENDED if all_done else Phase.UNDO_ON)
+            case Phase.UNDO_ON:
+                # What could not be frozen again still holds the room that UNDO_OFF needs; it is tried all the same.
+                self._lost |= not all_done
+                return self._enter(Phase.UNDO_OFF)
+            case _:
+                self._lost |= not all_done
+                return self._enter(Phase.ENDED)
+
+    def _enter(self, phase: Phase) -> list[Order]:
+        """Enters ``phase``, or the next one that has anything to do."""
+        self.phase = phase
+        self._ended = {}
+        self._failed |= phase in (Phase.UNDO_ON, Phase.UNDO_OFF)
+        orders: list[Order]
+        match phase:
+            case Phase.OFF:
+                orders = [Order(tree_id=t, move=Move.FREEZE) for t in self.off]
+                following = Phase.ON
+            case Phase.ON:
+                orders = [
+                    Order(tree_id=t, move=Move.THAW, gpu_map=m) for t, m in self.on.items()
+                ]
+                following = Phase.ENDED
+            case Phase.UNDO_ON:
+                orders = [
+                    Order(tree_id=t, move=Move.FREEZE, is_undo=True) for t in self._went_on
+                ]
+                following = Phase.UNDO_OFF
+            case Phase.UNDO_OFF:
+                orders = [
+                    Order(tree_id=t, move=Move.THAW, is_undo=True) for t in self._went_off
+                ]
+                following = Phase.ENDED
+            case Phase.ENDED:
+                self.outcome = self._result()
+                return []
+            case _:
+                assert_never(phase)
+        self._waiting = {o.tree_id for o in orders}
+        if orders:
+            return orders
+        return self._enter(following)
+
+    def _result(self) -> Outcome:
+        if self._lost:
+            return Outcome.LOST
+        return Outcome.ROLLED_BACK if self._failed else Outcome.DONE

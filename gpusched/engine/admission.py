@@ -1,0 +1,190 @@
+"""May this operation go ahead? Pure decisions on surveyed facts; a refusal is an error with the numbers in it.
+
+Nothing has been touched when these run, so a refusal leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from gpusched import errors
+from gpusched.domain.capacity import Promise, Shortage, add, larger, remap, vram_shortages
+from gpusched.domain.exchange import GpuMap
+from gpusched.engine.events import Surveyed, TreeFacts
+from gpusched.engine.model import Caller, Process
+from gpusched.ports import Gpu
+from gpusched.units import GIB, format_size
+
+#: Host RAM that a freeze leaves to everybody else: the larger of 1 GiB and 2 % of the machine.
+RESERVE_BYTES: Final = GIB
+RESERVE_SHARE: Final = 0.02
+
+
+def require_owner(caller: Caller | None, process: Process) -> None:
+    """Raises PermissionDenied unless the caller may act on ``process``."""
+    if caller is None or caller.privileged or caller.uid == process.uid:
+        return
+    raise errors.PermissionDenied(
+        f"{process.name} belongs to uid {process.uid}; you are uid {caller.uid}"
+    )
+
+
+def require_healthy_tree(process: Process, facts: TreeFacts) -> None:
+    """Raises when the tree of an active process is not what its owner may freeze."""
+    if not facts.members:
+        raise errors.ProcessExited(f"{process.name} has ended")
+    foreign = [m for m in facts.members if process.uid != 0 and m.ruid != process.uid]
+    if foreign:
+        raise errors.PermissionDenied(
+            f"{process.name} has a descendant of another user (pid {foreign[0].pid}, uid {foreign[0].ruid}); "
+            "gpusched does not stop other users' processes"
+        )
+    stopped = [m.pid for m in facts.members if m.stopped]
+    if stopped and process.error is None:
+        raise errors.IllegalTransition(
+            f"{process.name} has stopped processes (pids {stopped}), and the driver needs them running; "
+            f"continue them first: kill -CONT {' '.join(map(str, stopped))}",
+            {"pids": stopped},
+        )
+
+
+def require_no_obstacle(process: Process, facts: TreeFacts, *, force: bool) -> None:
+    """Raises Unsupported for state that would not survive; ``force`` lets uncertain findings through."""
+    for obstacle in facts.obstacles:
+        if obstacle.certain or not force:
+            hint = "" if obstacle.certain else " (if you know better: --force)"
+            raise errors.Unsupported(
+                f"{process.name} cannot be frozen: {obstacle.message}{hint}",
+                {"pid": obstacle.pid, "kind": obstacle.kind, "certain": obstacle.certain},
+            )
+
+
+def require_host_ram(
+    off: Sequence[Process],
+    facts: Surveyed,
+    *,
+    promised_bytes: int,
+    snapshots_bytes: int,
+    budget_bytes: int,
+) -> None:
+    """Raises InsufficientHostMemory when the VRAM of ``off`` does not fit into host RAM, budget and cgroups."""
+    assert facts.ram is not None
+    need = sum(sum(held_now(p, facts).values()) for p in off)
+    if not need:
+        return
+    names = ", ".join(p.name for p in off)
+    reserve = max(RESERVE_BYTES, int(facts.ram.total_bytes * RESERVE_SHARE))
+    room = facts.ram.available_bytes - promised_bytes - reserve
+    numbers = {
+        "need_bytes": need,
+        "available_bytes": facts.ram.available_bytes,
+        "promised_bytes": promised_bytes,
+        "reserve_bytes": reserve,
+        "budget_bytes": budget_bytes,
+        "snapshots_bytes": snapshots_bytes,
+    }
+    if need > room:
+        raise errors.InsufficientHostMemory(
+            f"{names} needs {format_size(need)} of host RAM; {format_size(facts.ram.available_bytes)} is "
+            f"available, of which {format_size(reserve)} stays free and {format_size(promised_bytes)} is "
+            "promised to running operations. Kill or thaw something frozen first.",
+            numbers,
+        )
+    if snapshots_bytes + promised_bytes + need > budget_bytes:
+        raise errors.InsufficientHostMemory(
+            f"{names} needs {format_size(need)}; {format_size(snapshots_bytes + promised_bytes)} of the RAM "
+            f"budget of {format_size(budget_bytes)} is taken. Thaw or kill something frozen, or start the "
+            "daemon with a larger --ram-budget.",
+            numbers,
+        )
+    for process in off:
+        limit = facts.trees[process.tree_id].cgroup_room_bytes
+        own = sum(held_now(process, facts).values())
+        if limit is not None and own > limit:
+            raise errors.InsufficientHostMemory(
+                f"{process.name} needs {format_size(own)} of host RAM, and its cgroup's memory limit leaves "
+                f"{format_size(max(0, limit))}; raise the limit (memory.max) first.",
+                {**numbers, "cgroup_room_bytes": limit},
+            )
+
+
+def held_now(process: Process, facts: Surveyed) -> dict[str, int]:
+    """VRAM that ``process`` holds by GPU, as sampled."""
+    return facts.held.get(process.tree_id, {})
+
+
+def need_of(on: Iterable[tuple[Process, GpuMap]]) -> dict[str, int]:
+    """VRAM that thawing ``on`` takes, by GPU."""
+    return add(*(remap(process.vram, gpu_map) for process, gpu_map in on))
+
+
+def shortages(
+    off: Sequence[Process],
+    on: Sequence[tuple[Process, GpuMap]],
+    facts: Surveyed,
+    promises: Iterable[Promise],
+) -> list[Shortage]:
+    """The GPUs on which ``on`` would not fit once ``off`` is frozen."""
+    assert facts.usage is not None
+    free = {uuid: memory.free_bytes for uuid, memory in facts.usage.gpus.items()}
+    return vram_shortages(
+        need=need_of(on),
+        free=add(free, *(held_now(p, facts) for p in off)),
+        promises=promises,
+        held=facts.held,
+    )
+
+
+def promise_for(
+    off: Sequence[Process], on: Sequence[tuple[Process, GpuMap]], facts: Surveyed
+) -> Promise:
+    """Room for the way forward and for the way back."""
+    back = add(*(held_now(p, facts) for p in off))
+    return Promise(
+        tree_ids=frozenset({p.tree_id for p in off} | {p.tree_id for p, _ in on}),
+        vram=larger(need_of(on), back),
+        host_bytes=sum(back.values()),
+    )
+
+
+def too_little_vram(
+    names: Sequence[str],
+    found: Sequence[Shortage],
+    gpus: Mapping[str, Gpu],
+    occupants: Mapping[str, Sequence[str]],
+    *,
+    evict: bool,
+) -> errors.InsufficientGpuMemory:
+    """The refusal, with who is there and what to do. ``occupants[uuid]`` are names of active processes."""
+    worst = max(found, key=lambda s: s.missing)
+    gpu = gpus.get(worst.gpu)
+    where = f"GPU {gpu.index}" if gpu else worst.gpu
+    there = ", ".join(occupants.get(worst.gpu, ())) or "no managed process"
+    promised = (
+        f", {format_size(worst.promised)} of it promised to running operations"
+        if worst.promised
+        else ""
+    )
+    wanted = ", ".join(names)
+    advice = (
+        "None of them may be evicted (leased, busy, or another user's)."
+        if evict
+        else f"Make room first: gpusched swap OTHER {wanted}, or gpusched thaw --evict {wanted}."
+    )
+    return errors.InsufficientGpuMemory(
+        f"{wanted} needs {format_size(worst.need)} on {where}; {format_size(worst.free)} would be free"
+        f"{promised}. Active there: {there}. {advice}",
+        {
+            "gpus": [
+                {
+                    "uuid": s.gpu,
+                    "need_bytes": s.need,
+                    "free_bytes": s.free,
+                    "promised_bytes": s.promised,
+                    "missing_bytes": s.missing,
+                }
+                for s in found
+            ]
+        },
+    )

@@ -1,0 +1,442 @@
+"""Freeze, thaw, swap, migrate, acquire: everything that is an exchange of trees, from request to answer.
+
+The course of one, in events: start (who goes off, who comes on) -> Surveyed (facts) -> a decision -> orders, each
+ended by MoveEnded -> more orders or the end. ``domain/exchange.py`` knows the order of moves, ``admission.py`` the
+conditions; here they meet the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from gpusched import errors
+from gpusched.domain.eviction import Candidate, choose_victims
+from gpusched.domain.exchange import Exchange, GpuMap, Order, Phase
+from gpusched.domain.moves import Move, Outcome
+from gpusched.domain.placement import permutation
+from gpusched.domain.states import ProcState, Trigger, tier_of
+from gpusched.engine import admission
+from gpusched.engine.core import Core
+from gpusched.engine.events import MoveEnded, Surveyed
+from gpusched.engine.leases import Leases
+from gpusched.engine.model import Operation, Process
+from gpusched.engine.moves import Tree
+from gpusched.protocol import messages as m
+from gpusched.units import mib
+
+log = logging.getLogger(__name__)
+
+_S = ProcState
+#: Where an exchange may begin; the failed are tried again, since every step asks the driver first.
+_CAN_GO_OFF: Final = (_S.ACTIVE, _S.FAILED)
+_CAN_COME_ON: Final = (_S.FROZEN, _S.FAILED)
+
+
+class Exchanges:
+    """Handles the operations whose ``kind`` is in KINDS."""
+
+    KINDS: Final = frozenset({"freeze", "thaw", "swap", "migrate", "acquire"})
+
+    def __init__(self, core: Core, leases: Leases) -> None:
+        self._core = core
+        self._leases = leases
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def start(self, op: Operation) -> None:
+        """Decides who goes off and who comes on, and has them surveyed. Raises refusals that need no survey."""
+        processes = [self._core.node.processes[t] for t in op.tree_ids]
+        for process in processes:
+            if process.state is _S.DEAD:
+                raise errors.ProcessExited(
+                    f"{process.name} has ended; its log is still there (gpusched logs {process.name})"
+                )
+        off, on = self._sides(op, processes)
+        for process in off:
+            self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))
+        op.exchange = Exchange(
+            off=tuple(p.tree_id for p in off), on={p.tree_id: gpu_map for p, gpu_map in on}
+        )
+        if off or on:
+            self._survey(op)
+        else:
+            self._core.reply(op, result=self._result(op))
+
+    def _sides(
+        self, op: Operation, processes: Sequence[Process]
+    ) -> tuple[list[Process], list[tuple[Process, GpuMap]]]:
+        """Who must go off and who must come on; whoever is there already is left out."""
+        match op.params:
+            case m.Freeze():
+                return [p for p in processes if p.state in _CAN_GO_OFF], []
+            case m.Thaw() | m.Acquire():
+                return [], [(p, None) for p in processes if p.state in _CAN_COME_ON]
+            case m.Swap():
+                off_names, on_names = names(op.params.off), names(op.params.on)
+                if clash := set(off_names) & set(on_names):
+                    raise errors.InvalidRequest(f"{sorted(clash)[0]} cannot go off and come on")
+                return (
+                    [p for p in processes if p.name in off_names and p.state in _CAN_GO_OFF],
+                    [(p, None) for p in processes if p.name in on_names and p.state in _CAN_COME_ON],
+                )
+            case m.Migrate():
+                process = processes[0]
+                gpu_map = self._gpu_map(process, op.params)
+                if gpu_map is None:
+                    return [], [(process, None)] if process.state in _CAN_COME_ON else []
+                return (
+                    [process] if process.state in _CAN_GO_OFF else [],
+                    [(process, gpu_map)],
+                )
+            case _:
+                raise errors.InternalError(f"{op.kind} is not an exchange")
+
+    def _gpu_map(self, process: Process, params: m.Migrate) -> GpuMap:
+        """The permutation that takes a process to the asked GPUs; None when it is there already."""
+        if not self._core.description.can_migrate:
+            raise errors.Unsupported(
+                f"this driver ({self._core.description.driver_version}) cannot move a process to another GPU; 580 can"
+            )
+        wanted = params.gpus if params.gpus is not None else [params.gpu]
+        by_index = {g.index: g.uuid for g in self._core.gpus.values()}
+        if unknown := [i for i in wanted if i not in by_index]:
+            raise errors.InvalidRequest(
+                f"no GPU {unknown[0]}; there are GPUs {', '.join(map(str, sorted(by_index)))}"
+            )
+        target = [by_index[i] for i in wanted if i is not None]
+        if len(target) != len(process.gpus):
+            raise errors.InvalidRequest(
+                f"{process.name} uses {len(process.gpus)} GPU(s); name as many targets "
+                f"(gpusched migrate {process.name} --to A,B)"
+            )
+        if tuple(target) == process.gpus:
+            return None
+        try:
+            return permutation(list(self._core.gpus), process.gpus, target)
+        except ValueError as error:
+            raise errors.InvalidRequest(f"cannot migrate {process.name}: {error}") from None
+
+    def _survey(self, op: Operation) -> None:
+        off, on = self._members(op)
+        work = self._core.surveyor.survey(op.op_id, off, [p for p, _ in on], self._core.mains())
+
+        async def survey() -> None:
+            self._core.post(await work)
+
+        self._core.spawn(survey(), f"survey-{op.op_id}")
+
+    def _members(self, op: Operation) -> tuple[list[Process], list[tuple[Process, GpuMap]]]:
+        assert op.exchange is not None
+        processes = self._core.node.processes
+        return (
+            [processes[t] for t in op.exchange.off],
+            [(processes[t], gpu_map) for t, gpu_map in op.exchange.on.items()],
+        )
+
+    # -- the decision -----------------------------------------------------------------------------
+
+    def surveyed(self, op: Operation, facts: Surveyed) -> None:
+        """Decides by the facts: orders, a second survey with victims, or a refusal. Nothing was touched before."""
+        if facts.error is not None:
+            raise facts.error
+        off, on = self._members(op)
+        force = getattr(op.params, "force", False)
+        for process in off:
+            admission.require_healthy_tree(process, facts.trees[process.tree_id])
+            admission.require_no_obstacle(process, facts.trees[process.tree_id], force=force)
+        for process, _ in on:
+            if not facts.trees[process.tree_id].members:
+                raise errors.ProcessExited(f"{process.name} has ended")
+        promises = self._core.promises(except_op=op.op_id, since_s=facts.taken_s)
+        admission.require_host_ram(
+            off,
+            facts,
+            promised_bytes=sum(p.host_bytes for p in promises),
+            snapshots_bytes=self._core.snapshots_bytes(),
+            budget_bytes=self._core.limits.ram_budget_bytes,
+        )
+        short = admission.shortages(off, on, facts, promises)
+        if short:
+            self._make_room(op, off, on, short, facts)
+            return
+        op.promise = admission.promise_for(off, on, facts)
+        op.before = {t: self._core.node.processes[t].state for t in op.tree_ids}
+        for process in off:
+            if held := admission.held_now(process, facts):
+                gpus = tuple(sorted(held)) if process.adopted else process.gpus
+                self._core.put(replace(process, vram=held, gpus=gpus))
+        assert op.exchange is not None
+        self._carry_out(op, op.exchange.start())
+
+    def _make_room(
+        self,
+        op: Operation,
+        off: Sequence[Process],
+        on: Sequence[tuple[Process, GpuMap]],
+        short: Sequence[Any],
+        facts: Surveyed,
+    ) -> None:
+        """Adds victims to the operation and surveys again; refuses when it was not asked for or none suffice."""
+        evict = getattr(op.params, "evict", False)
+        victims = (
+            choose_victims(self._candidates(op, facts), {s.gpu: s.missing for s in short})
+            if evict and not op.evicted
+            else None
+        )
+        if not victims:
+            occupants: dict[str, list[str]] = {}
+            going = {p.tree_id for p in off}
+            for tree_id, held in facts.held.items():
+                if tree_id not in going and tree_id in self._core.node.processes:
+                    for uuid in held:
+                        occupants.setdefault(uuid, []).append(
+                            self._core.node.processes[tree_id].name
+                        )
+            raise admission.too_little_vram(
+                [p.name for p, _ in on], short, self._core.gpus, occupants, evict=evict
+            )
+        assert op.exchange is not None
+        op.evicted = victims
+        op.tree_ids = (*op.tree_ids, *victims)
+        self._core.claim(op, victims)
+        op.exchange = Exchange(off=(*op.exchange.off, *victims), on=op.exchange.on)
+        self._survey(op)
+
+    def _candidates(self, op: Operation, facts: Surveyed) -> list[Candidate]:
+        node = self._core.node
+        return [
+            Candidate(tree_id=t, last_used_unix_s=p.last_used_unix_s, vram=facts.held.get(t, {}))
+            for t, p in node.processes.items()
+            if p.state is _S.ACTIVE
+            and t not in node.busy
+            and node.lease_count(t, self._core.unix_s) == 0
+            and (p.evictable or (op.caller is not None and p.uid == op.caller.uid))
+        ]
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _carry_out(self, op: Operation, orders: list[Order]) -> None:
+        """Records the intent, then has every order performed at the same time."""
+        if not orders:
+            self._conclude(op)
+            return
+        for order in orders:
+            why = f"{op.kind} {op.op_id}" + (" (taking it back)" if order.is_undo else "")
+            self._core.apply(order.tree_id, Trigger(order.move), why)
+        records = [*self._core.records_of(o.tree_id for o in orders), self.intent_of(op)]
+        self._core.spawn(self._perform(op.op_id, orders, records), f"orders-{op.op_id}")
+
+    def intent_of(self, op: Operation) -> dict[str, Any]:
+        """The journal record that lets recovery finish or undo an operation."""
+        assert op.exchange is not None
+        return {
+            "op": {
+                "op_id": op.op_id,
+                "kind": op.kind,
+                "off": list(op.exchange.off),
+                "on": list(op.exchange.on),
+                "before": {t: state.value for t, state in op.before.items()},
+            }
+        }
+
+    async def _perform(self, op_id: str, orders: list[Order], records: list[dict[str, Any]]) -> None:
+        try:
+            await self._core.ports.journal.append(*records)
+        except errors.GpuschedError as error:
+            if not all(o.is_undo for o in orders):  # an undo is owed, recorded or not
+                for order in orders:
+                    self._core.post(
+                        MoveEnded(
+                            op_id=op_id,
+                            order=order,
+                            outcome=Outcome.ROLLED_BACK,
+                            duration_ms=0.0,
+                            error=error,
+                        )
+                    )
+                return
+        async with asyncio.TaskGroup() as moves:
+            for order in orders:
+                moves.create_task(self._move(op_id, order), name=f"{order.move}-{order.tree_id}")
+
+    async def _move(self, op_id: str, order: Order) -> None:
+        process = self._core.node.processes[order.tree_id]
+        assert process.main is not None
+        tree = Tree(
+            tree_id=process.tree_id,
+            main=process.main,
+            vram=process.vram,
+            oom_scores=process.oom_scores,
+        )
+        begun = self._core.monotonic_s
+        report = await self._core.mover.run(tree, order.move, order.gpu_map)
+        self._core.post(
+            MoveEnded(
+                op_id=op_id,
+                order=order,
+                outcome=report.outcome,
+                duration_ms=(self._core.monotonic_s - begun) * 1000,
+                phases_ms=report.phases_ms,
+                oom_scores=report.oom_scores,
+                error=report.error,
+                note=report.note,
+            )
+        )
+
+    # -- how they end -----------------------------------------------------------------------------
+
+    def move_ended(self, op: Operation, ended: MoveEnded) -> None:
+        """One order has ended: its process changes state, and the exchange says what is next."""
+        assert op.exchange is not None
+        tree_id, order = ended.order.tree_id, ended.order
+        process = self._core.node.processes[tree_id]
+        changes: dict[str, Any] = {}
+        if ended.oom_scores is not None:
+            changes["oom_scores"] = ended.oom_scores
+        if ended.outcome is Outcome.DONE:
+            changes["error"] = None
+            if order.move is Move.THAW:
+                changes |= {
+                    "gpus": tuple((order.gpu_map or {}).get(g, g) for g in process.gpus),
+                    "vram": admission.need_of([(process, order.gpu_map)]),
+                    "last_used_unix_s": self._core.unix_s,
+                }
+        elif ended.outcome is Outcome.LOST:
+            changes["error"] = f"{ended.error}. {ended.note}"
+        why = str(ended.error) if ended.error else f"{op.kind} {op.op_id}, {ended.duration_ms:.0f} ms"
+        self._core.apply(tree_id, Trigger(ended.outcome), why, **changes)
+        self._core.sampler.invalidate()
+        if ended.error is not None and op.error is None:
+            op.error = ended.error
+        op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
+        op.phases_ms.setdefault(tree_id, {}).update(ended.phases_ms)
+        self._tell(op, ended, process)
+        orders = op.exchange.ended(tree_id, ended.outcome)
+        if orders or op.exchange.phase is Phase.ENDED:
+            self._carry_out(op, orders)
+
+    def _tell(self, op: Operation, ended: MoveEnded, process: Process) -> None:
+        """Counts and announces one ended move."""
+        counters, move = self._core.node.counters, ended.order.move
+        if ended.outcome is not Outcome.DONE:
+            type_ = "lost" if ended.outcome is Outcome.LOST else "rollback"
+            self._core.events.emit(type_, process.name, f"{move}: {ended.error}")
+        elif ended.order.is_undo:
+            self._core.events.emit("rollback", process.name, f"{move} again after a failure")
+        elif op.kind != "migrate":
+            if move is Move.FREEZE:
+                counters.freezes += 1
+                counters.freeze_ms += ended.duration_ms
+            else:
+                counters.thaws += 1
+                counters.thaw_ms += ended.duration_ms
+                counters.cache_hits += 1
+            type_ = "evict" if process.tree_id in op.evicted else move.value
+            self._core.events.emit(type_, process.name, duration_ms=ended.duration_ms)
+
+    def _conclude(self, op: Operation) -> None:
+        assert op.exchange is not None
+        if op.exchange.outcome is Outcome.DONE:
+            if op.kind == "migrate":
+                self._core.node.counters.migrations += 1
+                self._core.events.emit(
+                    "migrate",
+                    self._core.node.processes[op.tree_ids[0]].name,
+                    duration_ms=self._elapsed_ms(op),
+                )
+            self._core.finish(op, result=self._result(op))
+            return
+        self._core.finish(op, error=self._failure(op))
+
+    def _failure(self, op: Operation) -> errors.GpuschedError:
+        """What the client is told: the cause, and where its processes are now."""
+        cause = op.error
+        if not isinstance(cause, errors.GpuschedError):
+            cause = errors.InternalError(f"{op.kind} failed: {cause!r}")
+        processes = [self._core.node.processes[t] for t in op.tree_ids]
+        now = ", ".join(f"{p.name} is {p.state}" for p in processes)
+        verb = {"acquire": "thaw"}.get(op.kind, op.kind)
+        if op.exchange is not None and op.exchange.outcome is Outcome.LOST:
+            lost = [p.name for p in processes if p.state is _S.FAILED]
+            advice = f"Try again, or: gpusched kill {lost[0]}." if lost else ""
+            new: errors.GpuschedError = errors.ProcessLost(
+                f"{verb} failed and could not be taken back: {cause} Now {now}. {advice}",
+                {**cause.details, "cause_code": cause.code},
+            )
+        else:
+            text = f"{verb} failed and was rolled back (now {now}): {cause}"
+            new = type(cause)(text, cause.details)
+        new.__cause__ = cause
+        return new
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def _elapsed_ms(self, op: Operation) -> int:
+        return round((self._core.monotonic_s - op.begun_s) * 1000)
+
+    def _result(self, op: Operation) -> dict[str, Any]:
+        assert op.exchange is not None
+        by_name = {p.name: p for p in (self._core.node.processes[t] for t in op.tree_ids)}
+        match op.params:
+            case m.Freeze():
+                return self._frozen(op, by_name[op.params.name])
+            case m.Thaw():
+                return self._thawed(op, by_name[op.params.name])
+            case m.Swap():
+                return {
+                    "duration_ms": self._elapsed_ms(op),
+                    "off": [self._frozen(op, by_name[n]) for n in names(op.params.off)],
+                    "on": [self._thawed(op, by_name[n]) for n in names(op.params.on)],
+                }
+            case m.Acquire():
+                process = by_name[op.params.name]
+                return {
+                    **self._thawed(op, process),
+                    **self._leases.grant(process, op.caller, op.params.for_s),
+                }
+            case _:
+                return self._migrated(op, self._core.node.processes[op.tree_ids[0]])
+
+    def _moved(self, op: Operation, process: Process) -> dict[str, Any]:
+        moved = process.tree_id in op.durations_ms
+        single = len(op.tree_ids) == 1
+        took = self._elapsed_ms(op) if single else round(op.durations_ms.get(process.tree_id, 0))
+        result: dict[str, Any] = {
+            "name": process.name,
+            "duration_ms": took if moved else 0,
+            "mem_mb": mib(process.vram_bytes),
+        }
+        if moved:
+            result["phases_ms"] = op.phases_ms[process.tree_id]
+        if self._core.description.simulated:
+            result["simulated"] = True
+        return result
+
+    def _frozen(self, op: Operation, process: Process) -> dict[str, Any]:
+        return self._moved(op, process) | {"tier": tier_of(process.state).value}
+
+    def _thawed(self, op: Operation, process: Process) -> dict[str, Any]:
+        before = op.before.get(process.tree_id, process.state)
+        result = self._moved(op, process) | {"from_tier": tier_of(before).value}
+        if op.evicted:
+            result["evicted"] = [self._core.node.processes[t].name for t in op.evicted]
+        return result
+
+    def _migrated(self, op: Operation, process: Process) -> dict[str, Any]:
+        assert op.exchange is not None
+        gpu_map = op.exchange.on.get(process.tree_id) or {}
+        back = {target: source for source, target in gpu_map.items()}
+        index = {uuid: gpu.index for uuid, gpu in self._core.gpus.items()}
+        return self._moved(op, process) | {
+            "duration_ms": self._elapsed_ms(op) if op.durations_ms else 0,
+            "from_gpu": index.get(back.get(process.gpus[0], process.gpus[0]), -1),
+            "to_gpu": index.get(process.gpus[0], -1),
+        }
+
+
+def names(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

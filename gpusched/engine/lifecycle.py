@@ -1,0 +1,356 @@
+"""How managed processes begin and end: run, adopt, kill, and the exit nobody asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from gpusched import errors
+from gpusched.domain.states import ProcState, Trigger
+from gpusched.engine.admission import require_owner
+from gpusched.engine.core import Core
+from gpusched.engine.events import Exited, Killed, Launched
+from gpusched.engine.leases import Leases
+from gpusched.engine.model import Operation, Process, to_record
+from gpusched.engine.survey import take_sample
+from gpusched.ports import DriverState, ExitStatus, Launch, Member, User
+from gpusched.protocol import messages as m
+
+log = logging.getLogger(__name__)
+
+#: After SIGKILL a process may still be in the kernel (a driver call, a dump of core); longer is a defect worth a message.
+KILL_TIMEOUT_S: Final = 60.0
+_S = ProcState
+
+
+class Lifecycle:
+    """Handles the operations ``run``, ``adopt`` and ``kill``."""
+
+    def __init__(self, core: Core, leases: Leases) -> None:
+        self._core = core
+        self._leases = leases
+
+    # -- run and adopt ----------------------------------------------------------------------------
+
+    def enter(self, op: Operation) -> None:
+        """Takes a new name into the node (state starting) before anything slow happens."""
+        assert op.caller is not None
+        params: m.Run | m.Adopt = op.params
+        gpus = self._gpus(params) if isinstance(params, m.Run) else ()
+        if isinstance(params, m.Run):
+            require_runnable(params)
+        replaced = self._replaceable(op, params.name)
+        now = self._core.unix_s
+        tree_id = uuid.uuid4().hex[:16]
+        if replaced is not None:
+            self._core.remove(replaced.tree_id)
+        process = Process(
+            tree_id=tree_id,
+            name=params.name,
+            uid=op.caller.uid,
+            user=str(op.caller.uid),
+            gpus=gpus,
+            started_unix_s=now,
+            last_used_unix_s=now,
+            adopted=isinstance(params, m.Adopt),
+            evictable=params.evictable,
+            log_path=str(self._core.limits.log_dir / f"{params.name}.log")
+            if isinstance(params, m.Run)
+            else None,
+        )
+        self._core.put(process)
+        op.tree_ids = (tree_id,)
+        self._core.claim(op, op.tree_ids)
+        op.started, op.begun_s = True, self._core.monotonic_s
+        begin = self._run if isinstance(params, m.Run) else self._adopt
+        self._core.spawn(begin(op, process, replaced), f"{op.kind}-{params.name}")
+
+    def _replaceable(self, op: Operation, name: str) -> Process | None:
+        """The dead entry that a new process of this name replaces. Raises AlreadyExists for a live one."""
+        old = self._core.node.by_name(name)
+        if old is None:
+            return None
+        if old.tree_id in self._core.node.busy or old.state is not _S.DEAD:
+            raise errors.AlreadyExists(
+                f"a process named {name!r} exists already (state {old.state}); choose another name or: gpusched kill {name}"
+            )
+        require_owner(op.caller, old)
+        return old
+
+    def _gpus(self, params: m.Run) -> tuple[str, ...]:
+        wanted = params.gpus if params.gpus is not None else [params.gpu]
+        by_index = {g.index: g.uuid for g in self._core.gpus.values()}
+        if unknown := [i for i in wanted if i not in by_index]:
+            raise errors.InvalidRequest(
+                f"no GPU {unknown[0]}; there are GPUs {', '.join(map(str, sorted(by_index)))}"
+            )
+        if len(set(wanted)) != len(wanted):
+            raise errors.InvalidRequest("a GPU is named twice")
+        return tuple(by_index[i] for i in wanted)
+
+    async def _run(self, op: Operation, process: Process, replaced: Process | None) -> None:
+        assert op.caller is not None
+        ports = self._core.ports
+        try:
+            user = await ports.users.lookup(op.caller.uid, op.caller.gid)
+            await self._record_entry(process, replaced)
+            launch = Launch(
+                tree_id=process.tree_id,
+                name=process.name,
+                argv=tuple(op.params.cmd),
+                env=self._environment(op.params, user, process.gpus),
+                cwd=op.params.dir if op.params.dir is not None else user.home,
+                uid=op.caller.uid,
+                gid=op.caller.gid,
+                groups=user.groups,
+                log_path=process.log_path or os.devnull,
+            )
+            main = await ports.trees.launch(launch)
+        except errors.GpuschedError as error:
+            self._core.post(Launched(op_id=op.op_id, error=error))
+        else:
+            self._core.post(
+                Launched(op_id=op.op_id, main=main, uid=process.uid, user=user.name)
+            )
+
+    def _environment(self, params: m.Run, user: User, gpus: tuple[str, ...]) -> dict[str, str]:
+        """The caller's environment, or a login's; never the daemon's. Ours goes over it."""
+        login = {
+            "HOME": user.home,
+            "USER": user.name,
+            "LOGNAME": user.name,
+            "SHELL": user.shell,
+            "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+        }
+        return {
+            **self._core.limits.default_env,
+            **(login if params.env is None else params.env),
+            **self._core.limits.forced_env,
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "GPUSCHED_MANAGED": "1",
+        }
+
+    async def _adopt(self, op: Operation, process: Process, replaced: Process | None) -> None:
+        try:
+            launched = await self._take_over(op, process, replaced)
+        except errors.GpuschedError as error:
+            launched = Launched(op_id=op.op_id, error=error)
+        self._core.post(launched)
+
+    async def _take_over(
+        self, op: Operation, process: Process, replaced: Process | None
+    ) -> Launched:
+        """Looks at a running process before it becomes ours; only /proc and the driver's state are read."""
+        assert op.caller is not None
+        ports, pid = self._core.ports, op.params.pid
+        main = await ports.trees.identify(pid)
+        if self._core.mains() and main in self._core.mains().values():
+            raise errors.AlreadyExists(f"pid {pid} is managed already")
+        members = await ports.trees.members(process.tree_id, main)
+        self._require_adoptable(op, members, pid)
+        sample = await take_sample(
+            ports.driver,
+            ports.trees,
+            ports.clock,
+            {**self._core.mains(), process.tree_id: main},
+        )
+        states = await ports.driver.states([member.pid for member in members])
+        owner = members[0].ruid
+        user = await ports.users.lookup(owner, op.caller.gid)
+        held = sample.held.get(process.tree_id, {})
+        await self._record_entry(
+            replace(process, main=main, uid=owner, user=user.name, vram=held), replaced
+        )
+        await ports.trees.record_adopted(
+            Launch(
+                tree_id=process.tree_id,
+                name=process.name,
+                argv=(),
+                env={"CUDA_VISIBLE_DEVICES": ",".join(sorted(held))},
+                cwd="/",
+                uid=owner,
+                gid=op.caller.gid,
+                groups=(),
+                log_path=os.devnull,
+            ),
+            main,
+        )
+        with_cuda = {s for s in states.values() if s is not DriverState.NONE}
+        return Launched(
+            op_id=op.op_id,
+            main=main,
+            uid=owner,
+            user=user.name,
+            vram=held,
+            is_frozen=with_cuda == {DriverState.CHECKPOINTED},
+        )
+
+    def _require_adoptable(self, op: Operation, members: list[Member], pid: int) -> None:
+        assert op.caller is not None
+        if not members:
+            raise errors.NotFound(f"no process with pid {pid}")
+        if pid == 1 or any(member.pid == os.getpid() for member in members):
+            raise errors.PermissionDenied(f"pid {pid} cannot be managed: the daemon depends on it")
+        strangers = [x for x in members if x.ruid != op.caller.uid]
+        if strangers and not op.caller.privileged:
+            raise errors.PermissionDenied(
+                f"pid {strangers[0].pid} belongs to uid {strangers[0].ruid}; you are uid {op.caller.uid}"
+            )
+
+    async def _record_entry(self, process: Process, replaced: Process | None) -> None:
+        """The intent to manage this process, on disk before it exists."""
+        records: list[Mapping[str, object]] = [{"proc": to_record(process)}]
+        if replaced is not None:
+            records.insert(0, {"forget": replaced.tree_id})
+        await self._core.ports.journal.append(*records)
+        if replaced is not None:
+            await self._core.ports.trees.forget(replaced.tree_id)
+
+    def launched(self, op: Operation, event: Launched) -> None:
+        """A run or adopt has ended: the process is managed from here on, or its name is free again."""
+        tree_id = op.tree_ids[0]
+        if event.error is not None or event.main is None:
+            self._core.remove(tree_id)
+            self._core.spawn(self._core.ports.trees.forget(tree_id), f"forget-{tree_id}")
+            self._core.finish(op, error=event.error)
+            return
+        process = self._core.apply(
+            tree_id,
+            Trigger.STARTED,
+            f"{op.kind} {op.op_id}",
+            main=event.main,
+            uid=event.uid,
+            user=event.user,
+            vram=event.vram,
+        )
+        if process.adopted:
+            gpus = tuple(sorted(event.vram, key=lambda u: self._core.gpus[u].index))
+            process = self._core.put(replace(process, gpus=gpus))
+        else:
+            self._core.node.counters.cold_starts += 1
+        if event.is_frozen:
+            process = self._core.apply(tree_id, Trigger.FOUND_FROZEN, "adopted while checkpointed")
+        self._core.watch(process)
+        self._core.sampler.invalidate()
+        self._core.events.emit(op.kind, process.name, f"pid {event.main.pid}")
+        result: dict[str, Any] = {"name": process.name, "pid": event.main.pid}
+        if process.adopted:
+            result["mem_mb"] = process.vram_bytes >> 20
+        self._core.finish(op, result=result)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def kill(self, op: Operation) -> None:
+        """Ends a tree, or forgets one that has ended already."""
+        process = self._core.node.processes[op.tree_ids[0]]
+        self._leases.require_free(process, op.caller, force=op.params.force)
+        if process.state is _S.DEAD or process.main is None:
+            self.killed(op, Killed(op_id=op.op_id))
+            return
+        op.before = {process.tree_id: process.state}
+        self._core.spawn(self._end(op, process), f"kill-{process.name}")
+
+    async def _end(self, op: Operation, process: Process) -> None:
+        try:
+            await self._terminate(process)
+        except errors.GpuschedError as error:
+            self._core.post(Killed(op_id=op.op_id, error=error))
+        else:
+            self._core.post(Killed(op_id=op.op_id))
+
+    async def _terminate(self, process: Process) -> None:
+        """SIGTERM and a grace period, then SIGKILL; at once when nobody could answer a SIGTERM."""
+        trees, clock = self._core.ports.trees, self._core.ports.clock
+        assert process.main is not None
+        ours = await self._ours(process)
+        if process.state is _S.ACTIVE and not all(x.stopped for x in ours):
+            await trees.signal(ours, signal.SIGTERM)
+            deadline = clock.monotonic_s() + self._core.limits.kill_grace_s
+            await self._until_gone(process, deadline)
+        deadline = clock.monotonic_s() + KILL_TIMEOUT_S
+        while ours := await self._ours(process):
+            await trees.signal(ours, signal.SIGKILL)
+            await self._until_gone(process, min(deadline, clock.monotonic_s() + 1.0))
+            if clock.monotonic_s() > deadline:
+                raise errors.DriverError(
+                    f"{process.name} did not end {KILL_TIMEOUT_S:.0f} s after SIGKILL (pids "
+                    f"{[x.pid for x in ours]}): the kernel still holds it, see dmesg"
+                )
+        await trees.wait_exit(process.tree_id, process.main)
+
+    async def _until_gone(self, process: Process, deadline_s: float) -> None:
+        pause = 0.002
+        while await self._ours(process) and self._core.monotonic_s < deadline_s:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    async def _ours(self, process: Process) -> list[Member]:
+        """The members that the owner may signal: a set-uid descendant of somebody else is not ours to end."""
+        assert process.main is not None
+        members = await self._core.ports.trees.members(process.tree_id, process.main)
+        return [x for x in members if process.uid in (0, x.ruid)]
+
+    def killed(self, op: Operation, event: Killed) -> None:
+        """A kill has ended; the entry goes with the process."""
+        if event.error is not None:
+            self._core.finish(op, error=event.error)
+            return
+        tree_id = op.tree_ids[0]
+        process = self._core.node.processes[tree_id]
+        self._core.remove(tree_id)
+        self._core.sampler.invalidate()
+        self._core.spawn(self._core.ports.trees.forget(tree_id), f"forget-{tree_id}")
+        self._core.events.emit("kill", process.name)
+        self._core.finish(op, result={"name": process.name})
+
+    def exited(self, event: Exited) -> None:
+        """The main process of a tree has ended by itself, or by somebody's signal."""
+        process = self._core.node.processes.get(event.tree_id)
+        if process is None or process.state is _S.DEAD:
+            return  # it was killed through us
+        how = describe_exit(event.status)
+        process = self._core.apply(
+            event.tree_id, Trigger.EXITED, how, exit=event.status, oom_scores={}
+        )
+        self._core.drop_leases(lambda tree_id, _: tree_id == event.tree_id)
+        self._core.sampler.invalidate()
+        self._core.events.emit("exit", process.name, how)
+        self._core.spawn(self._record_exit(process), f"record-exit-{process.name}")
+
+    async def _record_exit(self, process: Process) -> None:
+        records = self._core.records_of([process.tree_id])
+        try:
+            await self._core.ports.journal.append(*records)
+        except errors.GpuschedError as error:
+            log.warning("the end of %s is not in the journal: %s", process.name, error)
+            self._core.journal_is_behind = True
+
+
+def require_runnable(params: m.Run) -> None:
+    """Raises InvalidRequest for a command, directory or environment that no kernel would take."""
+    texts = [*params.cmd, params.dir or "", *(params.env or {}).keys(), *(params.env or {}).values()]
+    if any("\0" in text for text in texts):
+        raise errors.InvalidRequest("cmd, dir and env must not contain NUL characters")
+    if not params.cmd[0]:
+        raise errors.InvalidRequest("cmd[0] is empty; it must name a program")
+    if params.dir is not None and not Path(params.dir).is_absolute():
+        raise errors.InvalidRequest(f"dir must be an absolute path, not {params.dir!r}")
+    if bad := [key for key in params.env or {} if not key or "=" in key]:
+        raise errors.InvalidRequest(f"env has an unusable name: {bad[0]!r}")
+
+
+def describe_exit(status: ExitStatus) -> str:
+    if status.signal is not None:
+        try:
+            return f"ended by {signal.Signals(status.signal).name}"
+        except ValueError:
+            return f"ended by signal {status.signal}"
+    return "ended" if status.code is None else f"exited with {status.code}"

@@ -1,0 +1,316 @@
+"""Performing one move on one tree: the steps of ``domain/moves.py`` through the ports, undone when one fails.
+
+Every step works on what the driver says now and skips members that are already there. So a step may be repeated, an
+undo mends a step that failed half-way, and recovery uses the same code for what another daemon left behind.
+
+After a step raised, the driver is asked: when it says that the step was done after all, the move goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from gpusched import errors
+from gpusched.domain.moves import STEPS, Move, Op, Outcome, undo_after
+from gpusched.ports import Clock, Driver, DriverState, Identity, Member, Trees
+from gpusched.units import GIB
+
+log = logging.getLogger(__name__)
+
+#: Rescans of a tree that keeps growing while it is locked or stopped.
+MAX_ROUNDS: Final = 20
+#: How long a stopped process may take to show as stopped (it may be in an uninterruptible wait).
+STOP_TIMEOUT_S: Final = 5.0
+#: How long the driver may take to leave a changing state that somebody else caused.
+SETTLE_TIMEOUT_S: Final = 120.0
+UNDO_ATTEMPTS: Final = 3
+#: A frozen tree is the largest thing in host RAM and does nothing: the OOM killer's favourite. Protect it.
+FROZEN_OOM_SCORE: Final = -900
+
+_S = DriverState
+
+
+def deadline_for(size_bytes: int) -> float:
+    """Seconds that a checkpoint or restore may take: a minute, and a tenth of the slowest rate seen (1.8 GB/s)."""
+    return 60.0 + size_bytes / (0.18 * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """What a move needs to know of its tree."""
+
+    tree_id: str
+    main: Identity
+    vram: Mapping[str, int]
+    oom_scores: Mapping[int, int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """How a move ended and what it learned."""
+
+    outcome: Outcome
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    oom_scores: dict[int, int] | None = None
+    error: errors.GpuschedError | None = None
+    note: str = ""
+
+
+class Mover:
+    """Performs moves. Holds no state between them; one instance serves all trees."""
+
+    def __init__(self, driver: Driver, trees: Trees, clock: Clock, lock_timeout_s: float) -> None:
+        self._driver = driver
+        self._trees = trees
+        self._clock = clock
+        self._lock_timeout_s = lock_timeout_s
+
+    async def run(
+        self, tree: Tree, move: Move, gpu_map: Mapping[str, str] | None = None
+    ) -> Report:
+        """Performs ``move``. Blocks for as long as the driver takes; never raises for what a tree or driver does.
+
+        DONE: the tree is where the move leads, and the driver says so. ROLLED_BACK: it is where it was. LOST: it is
+        neither, and ``error`` and ``note`` say what is known.
+        """
+        work = _Work(self, tree, gpu_map)
+        error: errors.GpuschedError | None = None
+        failed = 0
+        for failed, step in enumerate(STEPS[move]):
+            error = await work.perform(step.do)
+            if error is not None:
+                break
+        if error is None:
+            error = await work.verify(move)
+        if error is None:
+            return Report(
+                outcome=Outcome.DONE, phases_ms=work.phases_ms, oom_scores=work.oom_scores
+            )
+        log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
+        undone = await self._undo(tree, move, failed)
+        return Report(
+            outcome=Outcome.ROLLED_BACK if undone is None else Outcome.LOST,
+            phases_ms=work.phases_ms,
+            oom_scores=work.oom_scores,
+            error=error,
+            note="" if undone is None else f"taking it back failed too: {undone}",
+        )
+
+    async def settle(self, tree: Tree) -> tuple[list[Member], dict[int, DriverState]]:
+        """The members of a tree and their driver states, once no driver call is under way on any of them.
+
+        Raises DeadlineExceeded when that does not happen.
+        """
+        deadline = self._clock.monotonic_s() + SETTLE_TIMEOUT_S
+        while True:
+            members = await self._trees.members(tree.tree_id, tree.main)
+            states = await self._driver.states([m.pid for m in members])
+            if _S.CHANGING not in states.values():
+                return members, states
+            if self._clock.monotonic_s() > deadline:
+                raise errors.DeadlineExceeded(
+                    f"the driver has been changing the state of {tree.tree_id} for {SETTLE_TIMEOUT_S:.0f} s"
+                )
+            await asyncio.sleep(0.05)
+
+    async def _undo(self, tree: Tree, move: Move, failed: int) -> errors.GpuschedError | None:
+        """Takes a failed move back, newest step first; returns why it could not."""
+        origin = Move.THAW if move is Move.FREEZE else Move.FREEZE
+        last: errors.GpuschedError | None = None
+        for attempt in range(UNDO_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(0.2 * attempt)
+            work = _Work(self, tree, None)
+            last = None
+            for op in undo_after(move, failed):
+                last = await work.perform(op)
+                if last is not None:
+                    break
+            if last is None:
+                last = await work.verify(origin)
+            if last is None or isinstance(last, errors.ProcessExited):
+                return last
+        return last
+
+
+class _Work:
+    """One pass over one tree."""
+
+    def __init__(self, mover: Mover, tree: Tree, gpu_map: Mapping[str, str] | None) -> None:
+        self._mover = mover
+        self._driver = mover._driver
+        self._trees = mover._trees
+        self._tree = tree
+        self._gpu_map = gpu_map
+        self._deadline_s = deadline_for(sum(tree.vram.values()))
+        self.phases_ms: dict[str, float] = {}
+        self.oom_scores: dict[int, int] | None = None
+        self._steps: dict[Op, Callable[[], Awaitable[None]]] = {
+            Op.LOCK: self._lock,
+            Op.UNLOCK: lambda: self._each(_S.LOCKED, self._driver.unlock),
+            Op.CHECKPOINT: self._checkpoint,
+            Op.RESTORE: self._restore,
+            Op.STOP: self._stop,
+            Op.CONTINUE: self._continue,
+        }
+
+    async def perform(self, op: Op) -> errors.GpuschedError | None:
+        """One step; what it raised is returned, unless the driver says that the step was done all the same."""
+        started = self._mover._clock.monotonic_s()
+        try:
+            await self._steps[op]()
+        except errors.GpuschedError as error:
+            return await self._explain(op, error)
+        finally:
+            spent = (self._mover._clock.monotonic_s() - started) * 1000
+            self.phases_ms[op] = round(self.phases_ms.get(op, 0.0) + spent, 2)
+        return None
+
+    async def verify(self, move: Move) -> errors.GpuschedError | None:
+        """Asks the driver and /proc whether the tree is where ``move`` leads; returns what is wrong."""
+        try:
+            members, states = await self._mover.settle(self._tree)
+        except errors.GpuschedError as error:
+            return error
+        if not members:
+            return self._gone()
+        wanted = _S.CHECKPOINTED if move is Move.FREEZE else _S.RUNNING
+        wrong = {
+            m.pid: states.get(m.pid, _S.NONE)
+            for m in members
+            if states.get(m.pid, _S.NONE) not in (wanted, _S.NONE)
+        }
+        if wrong:
+            return self._wrong_state(wrong, f"to be {wanted}")
+        astray = [m.pid for m in members if m.stopped is not (move is Move.FREEZE)]
+        if astray:
+            should = "stop" if move is Move.FREEZE else "continue"
+            return errors.DriverError(f"pids {astray} did not {should}", {"pids": astray})
+        return None
+
+    # -- the steps --------------------------------------------------------------------------------
+
+    async def _lock(self) -> None:
+        """Locks every member with CUDA state, and those that appear meanwhile, until none is left."""
+        for _ in range(MAX_ROUNDS):
+            _, states = await self._look()
+            running = [pid for pid, state in states.items() if state is _S.RUNNING]
+            if not running:
+                return
+            await self._all(self._driver.lock(pid, self._mover._lock_timeout_s) for pid in running)
+        raise errors.LockTimeout(
+            "the process keeps starting CUDA processes faster than they can be locked; try again later"
+        )
+
+    async def _checkpoint(self) -> None:
+        await self._each(_S.LOCKED, lambda pid: self._driver.checkpoint(pid, self._deadline_s))
+
+    async def _restore(self) -> None:
+        await self._each(
+            _S.CHECKPOINTED,
+            lambda pid: self._driver.restore(pid, self._gpu_map, self._deadline_s),
+        )
+
+    async def _stop(self) -> None:
+        """Stops every member. One that got CUDA state since the lock is continued, locked and checkpointed first."""
+        deadline = self._mover._clock.monotonic_s() + STOP_TIMEOUT_S
+        pause = 0.0005
+        running: list[Member] = []
+        for _ in range(MAX_ROUNDS * 100):
+            members = await self._trees.members(self._tree.tree_id, self._tree.main)
+            running = [m for m in members if not m.stopped]
+            if running:
+                await self._trees.signal(running, signal.SIGSTOP)
+                if self._mover._clock.monotonic_s() > deadline:
+                    break
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.02)
+                continue
+            states = await self._driver.states([m.pid for m in members])
+            late = [m for m in members if states.get(m.pid) in (_S.RUNNING, _S.LOCKED)]
+            if not late:
+                old = await self._trees.set_oom_score(members, FROZEN_OOM_SCORE)
+                self.oom_scores = {**old, **self._tree.oom_scores}
+                return
+            await self._trees.signal(late, signal.SIGCONT)
+            await self._lock()
+            await self._checkpoint()
+        raise errors.DriverError(
+            f"pids {[m.pid for m in running]} did not stop within {STOP_TIMEOUT_S:.0f} s"
+        )
+
+    async def _continue(self) -> None:
+        members = await self._trees.members(self._tree.tree_id, self._tree.main)
+        if not members:
+            raise self._gone()
+        scores = {**(self.oom_scores or {}), **self._tree.oom_scores}
+        await self._trees.set_oom_score(
+            members, {m.pid: scores.get(m.pid, 0) for m in members if m.pid in scores}
+        )
+        for _ in range(MAX_ROUNDS):
+            stopped = [m for m in members if m.stopped]
+            if not stopped:
+                self.oom_scores = {}
+                return
+            await self._trees.signal(stopped, signal.SIGCONT)
+            members = await self._trees.members(self._tree.tree_id, self._tree.main)
+
+    # -- their parts ------------------------------------------------------------------------------
+
+    async def _look(self) -> tuple[list[Member], dict[int, DriverState]]:
+        members, states = await self._mover.settle(self._tree)
+        if not members:
+            raise self._gone()
+        failed = {pid: s for pid, s in states.items() if s in (_S.FAILED, _S.UNKNOWN)}
+        if failed:
+            raise self._wrong_state(failed, "to be usable")
+        return members, states
+
+    async def _each(self, state: DriverState, act: Callable[[int], Awaitable[None]]) -> None:
+        """``act`` on every member that is in ``state``, all at the same time."""
+        _, states = await self._look()
+        await self._all(act(pid) for pid, found in states.items() if found is state)
+
+    @staticmethod
+    async def _all(calls: Iterable[Awaitable[None]]) -> None:
+        """Waits for all of them, so that none is under way afterwards; then raises the first error."""
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _explain(
+        self, op: Op, error: errors.GpuschedError
+    ) -> errors.GpuschedError | None:
+        """None when ``op`` was done in spite of ``error``; else the error, as precise as it can be."""
+        goals = {
+            Op.LOCK: {_S.LOCKED, _S.CHECKPOINTED},
+            Op.CHECKPOINT: {_S.CHECKPOINTED},
+            Op.RESTORE: {_S.LOCKED, _S.RUNNING},
+            Op.UNLOCK: {_S.RUNNING},
+        }
+        try:
+            members, states = await self._mover.settle(self._tree)
+        except errors.GpuschedError:
+            return error
+        if not members:
+            return self._gone()
+        with_cuda = {s for s in states.values() if s is not _S.NONE}
+        if op in goals and with_cuda and with_cuda <= goals[op]:
+            log.warning("%s of %s reported %s but is done", op, self._tree.tree_id, error)
+            return None
+        return error
+
+    def _gone(self) -> errors.ProcessExited:
+        return errors.ProcessExited("the process ended in the middle of the operation")
+
+    def _wrong_state(self, states: Mapping[int, DriverState], wanted: str) -> errors.DriverError:
+        listed = ", ".join(f"pid {pid} is {state}" for pid, state in states.items())
+        return errors.DriverError(
+            f"the driver says {listed}; expected {wanted}", {"states": dict(states)}
+        )

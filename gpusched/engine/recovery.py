@@ -1,0 +1,235 @@
+"""After a restart: what the journal remembers against what is there, before the first request is served.
+
+Covers: finding every tree that lives, its true state, and finishing or undoing what was half done. Nothing is acted
+on before everything has been looked at. Does not cover: anything while the daemon runs (``exchanges.py``).
+
+For each process of the journal, one of:
+1. It lives, and all its CUDA processes are checkpointed: frozen (whatever is left of the freeze is finished).
+2. It lives, and none is locked or checkpointed: active.
+3. It lives, half-way: taken back to active when its VRAM fits, else on to frozen.
+4. It is gone: dead, with the exit status that its supervisor wrote.
+An exchange that had not ended is then undone whole, unless it had come to its goal.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from gpusched import errors
+from gpusched.domain.moves import Move, Outcome
+from gpusched.domain.states import MOVING, ProcState, Trigger
+from gpusched.engine.model import Process, from_record
+from gpusched.engine.moves import Mover, Tree
+from gpusched.ports import Clock, Driver, DriverState, Identity, Launch, Member, Trees, Usage, Users
+
+log = logging.getLogger(__name__)
+
+_S = ProcState
+
+
+@dataclass(slots=True, kw_only=True)
+class Remembered:
+    """What a journal says: the last record of each process, and the operations that had not ended."""
+
+    processes: dict[str, Process] = field(default_factory=dict)
+    operations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def replay(records: Iterable[Mapping[str, Any]]) -> Remembered:
+    """Reads records in order; later ones win. A record that does not fit is passed over with a warning."""
+    memory = Remembered()
+    for record in records:
+        try:
+            if "proc" in record:
+                process = from_record(record["proc"])
+                memory.processes[process.tree_id] = process
+            elif "forget" in record:
+                memory.processes.pop(record["forget"], None)
+            elif "op" in record:
+                memory.operations[record["op"]["op_id"]] = record["op"]
+            elif "op_end" in record:
+                memory.operations.pop(record["op_end"], None)
+        except (msgspec.ValidationError, KeyError, TypeError) as error:
+            log.warning("journal record passed over: %s", error)
+    return memory
+
+
+class Recovery:
+    """One pass, before the engine runs."""
+
+    def __init__(
+        self, driver: Driver, trees: Trees, clock: Clock, users: Users, mover: Mover
+    ) -> None:
+        self._driver = driver
+        self._trees = trees
+        self._clock = clock
+        self._users = users
+        self._mover = mover
+        #: What was found and done, one line each, for the log and the first events.
+        self.notes: list[str] = []
+
+    async def recover(self, memory: Remembered) -> list[Process]:
+        """The processes as they truly are. Blocks for as long as half-done moves take to finish or undo."""
+        await self._add_leftovers(memory)
+        looked: list[tuple[Process, list[Member], dict[int, DriverState]]] = []
+        ended: list[Process] = []
+        for process in memory.processes.values():
+            if process.state is _S.DEAD:
+                ended.append(process)
+            elif process.main is None or not await self._trees.is_alive(process.main):
+                gone = await self._after_end(process)
+                ended += [gone] if gone is not None else []
+            else:
+                try:
+                    looked.append((process, *await self._mover.settle(tree_of(process))))
+                except errors.GpuschedError as error:
+                    ended.append(self._broken(process, f"cannot be looked at: {error}"))
+        recovered = [await self._reconcile(*entry) for entry in looked]
+        by_id = {p.tree_id: p for p in (*recovered, *ended)}
+        for operation in memory.operations.values():
+            await self._undo_operation(operation, by_id)
+        return list(by_id.values())
+
+    async def _add_leftovers(self, memory: Remembered) -> None:
+        """Trees that live by their supervisors' own records: all of them when the journal is lost."""
+        for tree_id, launch, main in await self._trees.leftovers():
+            known = memory.processes.get(tree_id)
+            if known is None:
+                memory.processes[tree_id] = await self._from_launch(tree_id, launch, main)
+            elif known.main is None:
+                # The daemon died between the intent to run it and hearing its pid.
+                memory.processes[tree_id] = known.after(
+                    Trigger.STARTED, "found at recovery", self._clock.unix_s(), main=main
+                )
+                self._note(known, f"had been started (pid {main.pid})")
+
+    async def _from_launch(self, tree_id: str, launch: Launch, main: Identity) -> Process:
+        user = await self._users.lookup(launch.uid, launch.gid)
+        now = self._clock.unix_s()
+        visible = launch.env.get("CUDA_VISIBLE_DEVICES", "")
+        process = Process(
+            tree_id=tree_id,
+            name=launch.name,
+            uid=launch.uid,
+            user=user.name,
+            gpus=tuple(visible.split(",")) if visible else (),
+            started_unix_s=now,
+            last_used_unix_s=now,
+            state=_S.ACTIVE,
+            main=main,
+            adopted=not launch.argv,
+            log_path=launch.log_path if launch.argv else None,
+        )
+        self._note(process, "is not in the journal; taken from its supervisor's record")
+        return process
+
+    async def _after_end(self, process: Process) -> Process | None:
+        """A process that is not there any more: dead with its status, or never begun (None)."""
+        status = await self._trees.exit_status(process.tree_id)
+        if process.main is None and status is None:
+            self._note(process, "had not been started; its name is free")
+            await self._trees.forget(process.tree_id)
+            return None
+        self._note(process, "ended while no daemon ran")
+        dead = replace(process, state=_S.DEAD, exit=status, oom_scores={}, timed_leases=())
+        return dead
+
+    async def _reconcile(
+        self, process: Process, members: Sequence[Member], states: Mapping[int, DriverState]
+    ) -> Process:
+        """Brings one live tree to a settled state; cases 1 to 3 above, and the broken."""
+        found = {s for s in states.values() if s is not DriverState.NONE}
+        stopped = bool(members) and all(m.stopped for m in members)
+        was = process.state
+        if found & {DriverState.FAILED, DriverState.UNKNOWN}:
+            return self._broken(process, "was given up by the driver; kill it")
+        if found == {DriverState.CHECKPOINTED}:
+            move, wanted = Move.FREEZE, _S.FROZEN
+        elif not found and stopped and was in (_S.FROZEN, _S.FREEZING, _S.THAWING):
+            move, wanted = Move.FREEZE, _S.FROZEN
+        elif found <= {DriverState.RUNNING}:
+            if was is _S.ACTIVE:
+                return process
+            move, wanted = Move.THAW, _S.ACTIVE
+        else:
+            fits = await self._fits(process)
+            move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
+        return await self._move(process, move, wanted, f"was {was}")
+
+    async def _move(self, process: Process, move: Move, wanted: ProcState, why: str) -> Process:
+        """Performs or finishes ``move``; the process after it, whichever way it ended."""
+        report = await self._mover.run(tree_of(process), move)
+        now = self._clock.unix_s()
+        changes: dict[str, Any] = {}
+        if report.oom_scores is not None:
+            changes["oom_scores"] = report.oom_scores
+        found = {_S.FROZEN: Trigger.FOUND_FROZEN, _S.ACTIVE: Trigger.FOUND_ACTIVE}
+        if report.outcome is Outcome.DONE:
+            if process.state is not wanted:
+                self._note(process, f"{why}; is {wanted} now")
+            return process.after(found[wanted], f"recovery: {why}", now, error=None, **changes)
+        if report.outcome is Outcome.ROLLED_BACK:
+            other = _S.ACTIVE if wanted is _S.FROZEN else _S.FROZEN
+            self._note(process, f"{why}; could not become {wanted} ({report.error}), is {other}")
+            return process.after(found[other], f"recovery: {report.error}", now, **changes)
+        return self._broken(
+            replace(process, **changes),
+            f"{why}; could not be brought back: {report.error}. {report.note}",
+        )
+
+    async def _fits(self, process: Process) -> bool:
+        """Whether all of a tree's VRAM has room, even if none of it is there now (it may be half there)."""
+        usage: Usage = await self._driver.usage()
+        return all(
+            usage.gpus[uuid].free_bytes >= size
+            for uuid, size in process.vram.items()
+            if uuid in usage.gpus
+        )
+
+    async def _undo_operation(
+        self, operation: Mapping[str, Any], processes: dict[str, Process]
+    ) -> None:
+        """Takes back an exchange that the last daemon did not end, unless it had reached its goal."""
+        there = [t for t in (*operation["off"], *operation["on"]) if t in processes]
+        on = set(operation["on"])
+        goal = {t: _S.ACTIVE if t in on else _S.FROZEN for t in there}
+        if all(processes[t].state is goal[t] for t in there):
+            return
+        before = {t: _S(operation["before"].get(t, _S.ACTIVE)) for t in there}
+        # First off the GPU what was not on it before, then on what was: the room is needed.
+        for wanted, move in ((_S.FROZEN, Move.FREEZE), (_S.ACTIVE, Move.THAW)):
+            for tree_id in dict.fromkeys(there):
+                process = processes[tree_id]
+                if process.state in MOVING or process.state in (_S.DEAD, _S.FAILED):
+                    continue
+                if before[tree_id] is not wanted or process.state is wanted:
+                    continue
+                if move is Move.THAW and not await self._fits(process):
+                    self._note(process, f"stays {process.state}: there is no room to take {operation['kind']} back")
+                    continue
+                processes[tree_id] = await self._move(
+                    process, move, wanted, f"taking back {operation['kind']}"
+                )
+
+    def _broken(self, process: Process, text: str) -> Process:
+        self._note(process, text)
+        return process.after(Trigger.FOUND_BROKEN, "recovery", self._clock.unix_s(), error=text)
+
+    def _note(self, process: Process, text: str) -> None:
+        self.notes.append(f"{process.name} {text}")
+        log.warning("recovery process=%s %s", process.name, text)
+
+
+def tree_of(process: Process) -> Tree:
+    assert process.main is not None
+    return Tree(
+        tree_id=process.tree_id,
+        main=process.main,
+        vram=process.vram,
+        oom_scores=process.oom_scores,
+    )

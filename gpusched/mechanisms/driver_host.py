@@ -1,0 +1,128 @@
+"""The helper process that makes the driver's calls, so that one that hangs or crashes takes no daemon with it.
+
+Run by ``driver_client``: requests arrive as JSON lines on standard input, answers leave on standard output, each
+call on a thread of its own. When standard input closes (the daemon ended), calls under way are waited out: a half
+made checkpoint is worse than a process that lingers.
+
+    in   {"id": 7, "call": "lock", "args": {"pid": 4711, "timeout_s": 10}}
+    out  {"id": 7, "result": null}            or  {"id": 7, "error": {"code": ..., "error": ..., "details": ...}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from gpusched import errors
+from gpusched.ports import DriverApi
+
+#: What may be called, so that a name from the wire is never looked up blindly.
+CALLS: Final = frozenset(
+    {"describe", "usage", "states", "lock", "checkpoint", "restore", "unlock", "obstacles"}
+)
+#: How long calls under way are waited for once the daemon is gone.
+LINGER_S: Final = 900.0
+
+
+def open_driver(options: argparse.Namespace) -> DriverApi:
+    """Builds the backend that the options name. Raises Unsupported when this machine cannot run it."""
+    if options.backend == "sim":
+        from gpusched.mechanisms.sim.driver import SimDriver
+
+        driver: DriverApi = SimDriver.create(
+            Path(options.sim_dir), options.sim_gpus, options.sim_vram_bytes
+        )
+        return driver
+    from gpusched.mechanisms.cuda.driver import CudaDriver
+
+    return CudaDriver.open(allow_old_driver=options.allow_old_driver)
+
+
+class Host:
+    """Answers requests until standard input closes."""
+
+    def __init__(self, opener: Callable[[], DriverApi]) -> None:
+        self._opener = opener
+        self._write_lock = threading.Lock()
+        self._out = sys.stdout.buffer
+
+    def serve(self) -> None:
+        failure: errors.GpuschedError | None = None
+        driver: DriverApi | None = None
+        try:
+            driver = self._opener()
+        except errors.GpuschedError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - the daemon must hear of it, whatever it is
+            failure = errors.DriverError(f"the driver cannot be opened: {error!r}")
+        threads: list[threading.Thread] = []
+        for line in sys.stdin.buffer:
+            request = msgspec.json.decode(line)
+            if driver is None:
+                self._answer(request["id"], error=failure)
+                continue
+            threads = [t for t in threads if t.is_alive()]
+            # daemon threads: a hung driver call must not keep this process for ever (see LINGER_S)
+            thread = threading.Thread(target=self._call, args=(driver, request), daemon=True)
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join(LINGER_S)
+
+    def _call(self, driver: DriverApi, request: dict[str, Any]) -> None:
+        try:
+            if request["call"] not in CALLS:
+                raise errors.InternalError(f"no driver call {request['call']!r}")
+            result = getattr(driver, request["call"])(**request["args"])
+        except errors.GpuschedError as error:
+            self._answer(request["id"], error=error)
+        except Exception as error:  # noqa: BLE001 - an unforeseen error is an answer too
+            self._answer(
+                request["id"],
+                error=errors.DriverError(f"{request['call']} failed: {error!r}"),
+            )
+        else:
+            self._answer(request["id"], result=result)
+
+    def _answer(
+        self, request_id: int, *, result: object = None, error: errors.GpuschedError | None = None
+    ) -> None:
+        answer: dict[str, object] = {"id": request_id}
+        if error is None:
+            answer["result"] = result
+        else:
+            answer["error"] = errors.to_wire(error)
+        data = msgspec.json.encode(answer) + b"\n"
+        with self._write_lock:
+            try:
+                self._out.write(data)
+                self._out.flush()
+            except BrokenPipeError:
+                pass  # the daemon is gone; the call is done all the same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="gpusched-driver-host")
+    parser.add_argument("--backend", choices=("cuda", "sim"), required=True)
+    parser.add_argument("--allow-old-driver", action="store_true")
+    parser.add_argument("--sim-dir", default="")
+    parser.add_argument("--sim-gpus", type=int, default=1)
+    parser.add_argument("--sim-vram-bytes", type=int, default=0)
+    options = parser.parse_args()
+    # A ctrl-C at the daemon's terminal reaches the whole process group; the daemon alone decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    Host(lambda: open_driver(options)).serve()
+    os._exit(0)  # past any hung daemon thread
+
+
+if __name__ == "__main__":
+    main()

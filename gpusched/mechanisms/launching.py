@@ -1,0 +1,193 @@
+"""The daemon's side of a start: hands a task to a new supervisor and hears how it went. Blocking.
+
+Covers: the files, the control group and the supervisor process of a new tree; mapping failures to our errors; taking
+back a start that failed or hangs. Does not cover: what happens in the supervisor (``supervisor.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import marshal
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from gpusched import errors
+from gpusched.mechanisms import cgroups, proc
+from gpusched.mechanisms.tree_files import TreeFiles
+from gpusched.ports import Identity, Launch
+
+#: A start takes some 30 ms; longer than this means a dead network file system or a stopped supervisor.
+_START_TIMEOUT_S = 30.0
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+
+
+def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id: str) -> Identity:
+    """Starts a tree. Blocks for the start of an interpreter, 30 s at most. Errors: see ``TreeKeeper.launch``."""
+    try:
+        lock_fd = files.create()
+    except FileExistsError:
+        raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
+    except OSError as error:
+        raise _system_error(launch, error.errno, str(error)) from error
+    group = None
+    try:
+        group = groups.create(launch.tree_id)
+        files.write_launch(launch, group)
+        return _run_supervisor(launch, files, group, lock_fd, boot_id)
+    except BaseException as error:
+        if group is not None:
+            cgroups.remove(group)
+        shutil.rmtree(files.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _system_error(launch, error.errno, str(error)) from error
+        raise
+    finally:
+        os.close(lock_fd)  # from here on the supervisor alone holds the lock
+
+
+def record_adopted(launch: Launch, files: TreeFiles, main: Identity) -> None:
+    """Raises AlreadyExists, InsufficientDisk; then nothing was written."""
+    try:
+        files.write_adopted(launch, main)
+    except FileExistsError:
+        raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
+    except OSError as error:
+        shutil.rmtree(files.path, ignore_errors=True)
+        raise _system_error(launch, error.errno, str(error)) from error
+
+
+def _run_supervisor(
+    launch: Launch, files: TreeFiles, group: Path | None, lock_fd: int, boot_id: str
+) -> Identity:
+    task = {key: value for key, value in asdict(launch).items() if key not in {"tree_id", "name"}}
+    task |= {"cgroup": str(group) if group else None, "boot_id": boot_id}
+    report_read, report_write = os.pipe()
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    try:
+        with open(files.path / "supervisor.log", "xb", opener=_private) as log:
+            command = [sys.executable, "-I", "-S", "-X", "utf8", str(_SUPERVISOR)]
+            child = subprocess.Popen(
+                [*command, launch.name, str(files.path), str(lock_fd), str(report_write)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env={},
+                cwd="/",
+                pass_fds=(lock_fd, report_write),
+            )
+        os.close(report_write)
+        report_write = -1
+        # Ends as soon as the supervisor has forked itself away from us.
+        child.communicate(marshal.dumps(task), timeout=_START_TIMEOUT_S)
+        report = _read_all(report_read, deadline)
+    except (subprocess.TimeoutExpired, TimeoutError):
+        abandon(files)
+        raise errors.DeadlineExceeded(
+            f"starting {launch.name} took more than {_START_TIMEOUT_S:.0f} s and was given up; "
+            "does its directory or its program lie on a file system that hangs?"
+        ) from None
+    finally:
+        os.close(report_read)
+        if report_write >= 0:
+            os.close(report_write)
+    return _understand(report, launch, files, boot_id)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _read_all(fd: int, deadline: float) -> bytes:
+    """Up to the end of the file. Raises TimeoutError."""
+    poll = select.poll()  # select() cannot do descriptors above 1023
+    poll.register(fd, select.POLLIN)
+    parts: list[bytes] = []
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        part = os.read(fd, 65536)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+    raise TimeoutError
+
+
+def _understand(report: bytes, launch: Launch, files: TreeFiles, boot_id: str) -> Identity:
+    try:
+        parts = marshal.loads(report)  # noqa: S302 - from our own supervisor
+    except (EOFError, ValueError):
+        raise errors.InternalError(
+            f"the supervisor of {launch.name} ended before the start: {files.complaint()}"
+        ) from None
+    if len(parts) == 2:
+        pid, start_ticks = parts
+        return Identity(pid=pid, start_ticks=start_ticks, boot_id=boot_id)
+    stage, number, text = parts
+    raise _start_error(launch, stage, number, text)
+
+
+def _start_error(launch: Launch, stage: str, number: int, text: str) -> errors.GpuschedError:
+    """What the supervisor reported, for the person who typed the command."""
+    details = {"stage": stage, "errno": errno.errorcode.get(number, "")}
+    reason = text[:1].lower() + text[1:]
+    if stage == "chdir":
+        return errors.InvalidRequest(f"cannot work in directory {launch.cwd!r}: {reason}", details)
+    if stage == "exec":
+        program = launch.argv[0]
+        hint = ""
+        if number == errno.ENOEXEC:
+            hint = "; a script must begin with #! and its interpreter"
+        elif "/" not in program:
+            hint = f"; looked in PATH={launch.env.get('PATH', os.defpath)}"
+        elif not program.startswith("/"):
+            hint = f"; looked in {launch.cwd}"
+        return errors.InvalidRequest(f"cannot execute {program!r}: {reason}{hint}", details)
+    if stage == "user" and number == errno.EPERM:
+        return errors.PermissionDenied(
+            f"the daemon runs as uid {os.geteuid()} and cannot start processes of uid {launch.uid}",
+            details,
+        )
+    if stage == "log":
+        reason = f"log {launch.log_path}: {reason}"
+    return _system_error(launch, number, reason).with_details(**details)
+
+
+def _system_error(launch: Launch, number: int | None, reason: str) -> errors.GpuschedError:
+    text = f"cannot take on {launch.name}: {reason}"
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        return errors.InsufficientDisk(text)
+    if number in {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}:
+        return errors.Unavailable(f"{text}; the host has no process, memory or descriptor left")
+    return errors.InternalError(text)
+
+
+def abandon(files: TreeFiles) -> None:
+    """Ends a start that hangs: without its supervisor a command that has not begun never begins."""
+    for read in (files.supervisor, files.main):  # the second is read when the first is dying
+        identity = read()
+        if identity is not None:
+            with contextlib.suppress(OSError):
+                send_signal(identity.pid, identity.start_ticks, signal.SIGKILL)
+
+
+def send_signal(pid: int, start_ticks: int, number: int) -> None:
+    """By pidfd, and only to the process that was meant. One that is gone is passed over. Raises OSError."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # The descriptor was opened before this look, so it cannot belong to a successor of what we see.
+        stat = proc.read_stat(pid)
+        if stat is not None and stat.start_ticks == start_ticks:
+            signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)

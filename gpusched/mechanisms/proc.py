@@ -1,0 +1,177 @@
+"""Reading processes from /proc: who they are, whose children, whether they stopped.
+
+Covers: one process (``read_stat``, ``identify``, ``ruid``, ``environ``), all of them (``scan``).
+Does not cover: trees with a supervisor (``trees.py``). Everything here blocks, for microseconds a process: the files
+are made by the kernel when they are read. A process that vanishes in the middle gives None or is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from gpusched import errors
+from gpusched.ports import Identity
+
+
+class Stat(NamedTuple):
+    """The fields of /proc/PID/stat that we use. (A NamedTuple: one is made for every process of the host.)"""
+
+    pid: int
+    state: str  # R S D T t Z X I
+    ppid: int
+    threads: int
+    start_ticks: int
+
+    @property
+    def is_alive(self) -> bool:
+        """A main thread may end before the others: a zombie with more threads than itself still runs."""
+        return self.state not in "ZX" or self.threads > 1
+
+    @property
+    def is_stopped(self) -> bool:
+        """Halted by a signal (T) or by a debugger (t)."""
+        return self.state in "Tt"
+
+
+def _read(path: str) -> bytes:
+    """At most 4 KiB of a file of the kernel's. ``open()`` would cost three times as much."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def _parse(pid: int, text: bytes) -> Stat:
+    # The command name (field 2) is in parentheses and may itself hold spaces and parentheses.
+    fields = text[text.rindex(b")") + 2 :].split(None, 20)
+    return Stat(pid, chr(fields[0][0]), int(fields[1]), int(fields[17]), int(fields[19]))
+
+
+def read_stat(pid: int) -> Stat | None:
+    """None when there is no such process."""
+    try:
+        return _parse(pid, _read(f"/proc/{pid}/stat"))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def boot_id() -> str:
+    return _read("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def identify(pid: int) -> Identity:
+    """Raises NotFound when no such process runs; a zombie and the id of a mere thread are no process."""
+    stat = read_stat(pid) if pid > 0 else None
+    if stat is None or not stat.is_alive or not _is_process(pid):
+        raise errors.NotFound(f"no process with pid {pid} is running", {"pid": pid})
+    return Identity(pid=pid, start_ticks=stat.start_ticks, boot_id=boot_id())
+
+
+def _is_process(pid: int) -> bool:
+    """/proc/TID exists for every thread; only a process has itself as thread group."""
+    return _status_field(pid, b"Tgid:") == pid
+
+
+def ruid(pid: int) -> int | None:
+    """The real uid. None when there is no such process."""
+    return _status_field(pid, b"Uid:")
+
+
+def _status_field(pid: int, name: bytes) -> int | None:
+    """The first number of a line of /proc/PID/status."""
+    try:
+        text = _read(f"/proc/{pid}/status")
+        return int(text[text.index(b"\n" + name) + len(name) + 1 :].split(None, 1)[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def environ(pid: int) -> dict[str, str]:
+    """The environment that the process was started with. Raises OSError (gone, or not ours to read)."""
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
+    return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs}
+
+
+class Table:
+    """Every process of the host, as one look at /proc showed it."""
+
+    __slots__ = ("_children", "_stats")
+
+    def __init__(self, stats: dict[int, Stat]) -> None:
+        self._stats = stats
+        self._children: dict[int, list[int]] = {}
+        for stat in stats.values():
+            self._children.setdefault(stat.ppid, []).append(stat.pid)
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def get(self, pid: int) -> Stat | None:
+        return self._stats.get(pid)
+
+    def descendants(self, roots: Iterable[int]) -> set[int]:
+        """The pids of ``roots`` and of all below them, dead or alive."""
+        found = set(roots)
+        queue = list(found)
+        for pid in queue:  # grows while it is read
+            new = [child for child in self._children.get(pid, ()) if child not in found]
+            found.update(new)
+            queue.extend(new)
+        return found
+
+
+def scan() -> Table:
+    """Looks at all processes: 11 us each. Misses what is born meanwhile.
+
+    A process whose parent ended while we looked is read once more: by then it has its new parent.
+    """
+    table: dict[int, Stat] = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - names, not hundreds of Path objects
+        if entry[0] in "123456789":
+            stat = read_stat(int(entry))
+            if stat is not None:
+                table[stat.pid] = stat
+    for stat in [s for s in table.values() if s.ppid and s.ppid not in table]:
+        again = read_stat(stat.pid)
+        if again is None:
+            del table[stat.pid]
+        else:
+            table[stat.pid] = again
+    return Table(table)
+
+
+def set_oom_score(pid: int, start_ticks: int, score: int) -> int | None:
+    """Sets oom_score_adj and returns the old one; None when it could not be set.
+
+    Everything goes through one descriptor of the process's directory, which cannot turn into another process.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _parse(pid, _read_at(directory, "stat")).start_ticks != start_ticks:
+                return None
+            old = int(_read_at(directory, "oom_score_adj"))
+            if old != score:
+                fd = os.open("oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+                try:
+                    os.write(fd, str(score).encode())
+                finally:
+                    os.close(fd)
+            return old
+        finally:
+            os.close(directory)
+    return None
+
+
+def _read_at(directory: int, name: str) -> bytes:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)

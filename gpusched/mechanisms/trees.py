@@ -1,0 +1,323 @@
+"""Process trees: starting a command under its supervisor, finding, signalling and outliving.
+
+Covers: ``ports.Trees``. Does not cover: the supervisor itself (``supervisor.py``), what a tree is allowed to do, the
+driver. See docs/decisions/0011-a-supervisor-for-each-tree.md.
+
+A launched tree has a directory (``tree_files.py``), a supervisor and, where possible, a control group. An adopted
+tree has none of them: it is its main process and that one's descendants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gpusched import errors
+from gpusched.mechanisms import cgroups, launching, proc
+from gpusched.mechanisms.tree_files import TreeFiles
+from gpusched.ports import ExitStatus, Identity, Launch, Member
+
+logger = logging.getLogger(__name__)
+
+_TREE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+#: How long an exit status may take to appear once the main process has ended.
+_STATUS_WAIT_S = 2.0
+#: How long a start that was under way when the last daemon died may take to come to its end.
+_STARTING_WAIT_S = 5.0
+_POLL_S = 0.01
+#: How old a look at /proc may be that finds members who were moved out of their tree's control group.
+_MOVED_OUT_AGE_S = 1.0
+
+
+class _SharedScan:
+    """Looks at /proc for several callers at once: 500 trees must not cost 500 looks.
+
+    A caller gets a look that began after it asked, or at most ``max_age_s`` before. One that waits for its turn is
+    shared; one already under way is too old, and the caller joins the next.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proc-scan")
+        self._lock = threading.Lock()
+        self._queued: asyncio.Future[proc.Table] | None = None
+        self._last: tuple[float, proc.Table] | None = None
+
+    async def table(self, max_age_s: float = 0.0) -> proc.Table:
+        if self._last is not None and time.monotonic() - self._last[0] < max_age_s:
+            return self._last[1]
+        loop = asyncio.get_running_loop()
+        with self._lock:  # the thread must not begin before we know the future
+            if self._queued is None:
+                self._queued = loop.run_in_executor(self._thread, self._scan)
+            queued = self._queued
+        return await asyncio.shield(queued)
+
+    def _scan(self) -> proc.Table:
+        with self._lock:
+            self._queued = None
+        began = time.monotonic()
+        table = proc.scan()
+        self._last = began, table
+        return table
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
+
+
+class TreeKeeper:
+    """``ports.Trees`` for one state directory, on one event loop."""
+
+    def __init__(self, state_dir: Path, *, with_groups: bool = True) -> None:
+        self._root = state_dir / "trees"
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._boot_id = proc.boot_id()
+        self._groups = cgroups.TreeGroups(enabled=with_groups)
+        self._scan = _SharedScan()
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="trees")
+        # What tells the members of a launched tree: its supervisor and its group. Read once from its directory.
+        self._ties: dict[str, tuple[Identity | None, Path | None]] = {}
+
+    def close(self) -> None:
+        """Lets go of the threads; the trees live on."""
+        self._scan.close()
+        self._threads.shutdown(wait=False)
+
+    # -- starting and ending ----------------------------------------------------------------------
+
+    async def launch(self, launch: Launch) -> Identity:
+        """See ``ports.Trees``. Cancelling abandons the wait, not the start.
+
+        Also raises AlreadyExists (tree_id), PermissionDenied (another user's process, when not root),
+        InsufficientDisk, Unavailable (no processes or descriptors left), DeadlineExceeded. After any error nothing
+        runs and no file is left.
+        """
+        loop = asyncio.get_running_loop()
+        files = self._files(launch.tree_id)
+        return await loop.run_in_executor(
+            self._threads, launching.start, launch, files, self._groups, self._boot_id
+        )
+
+    async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
+        """See ``ports.Trees``. Cancelling leaves nothing open."""
+        await self._wait_end(main)
+        files = self._files(tree_id)
+        deadline = asyncio.get_running_loop().time() + _STATUS_WAIT_S
+        while True:
+            supervised = files.is_supervised()
+            # In this order: a supervisor that was gone before we looked has written all that it ever will.
+            status = files.exit_status()
+            if status is not None:
+                return status
+            if not supervised or asyncio.get_running_loop().time() > deadline:
+                return ExitStatus()
+            await asyncio.sleep(_POLL_S)
+
+    async def _wait_end(self, main: Identity) -> None:
+        while await self.is_alive(main):
+            try:
+                pidfd = os.pidfd_open(main.pid)
+            except ProcessLookupError:
+                return
+            except OSError as error:  # no descriptors left: look again now and then
+                logger.warning("cannot watch pid=%d reason=%s", main.pid, error)
+                await asyncio.sleep(0.5)
+                continue
+            try:
+                # Opened first, checked then: a descriptor of a successor would never fire for ours.
+                if await self.is_alive(main):
+                    await _readable(pidfd)
+                return
+            finally:
+                os.close(pidfd)
+
+    async def record_adopted(self, launch: Launch, main: Identity) -> None:
+        """See ``ports.Trees``. Raises AlreadyExists, InsufficientDisk; then nothing was written."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            launching.record_adopted,
+            launch,
+            self._files(launch.tree_id),
+            main,
+        )
+
+    async def exit_status(self, tree_id: str) -> ExitStatus | None:
+        """How a launched tree's main process ended; None while it runs, and when nobody recorded it."""
+        return self._files(tree_id).exit_status()
+
+    async def forget(self, tree_id: str) -> None:
+        files = self._files(tree_id)
+        _, group = self._tie(tree_id)
+        self._ties.pop(tree_id, None)
+        if group is not None:
+            cgroups.remove(group)
+        await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: shutil.rmtree(files.path, ignore_errors=True)
+        )
+
+    # -- recovery ---------------------------------------------------------------------------------
+
+    async def leftovers(self) -> list[tuple[str, Launch, Identity]]:
+        """See ``ports.Trees``. Blocks up to 5 s for starts that are under way; files of starts that never came to
+        anything are removed. Trees that ended are not included: ``exit_status`` tells of them until ``forget``.
+        """
+        deadline = asyncio.get_running_loop().time() + _STARTING_WAIT_S
+        found = []
+        for tree_id in sorted(p.name for p in self._root.iterdir() if _TREE_ID.fullmatch(p.name)):
+            files = self._files(tree_id)
+            # ASYNC110 wants an event; these are the files of another process.
+            while files.is_starting() and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)
+            if files.is_starting():
+                logger.warning("start hangs, ending it tree=%s", tree_id)
+                launching.abandon(files)
+            launch, main = files.launch(), files.main()
+            if main is None:
+                await self.forget(tree_id)
+            elif launch is not None and await self.is_alive(main):
+                found.append((tree_id, launch, main))
+        return found
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    async def identify(self, pid: int) -> Identity:
+        return proc.identify(pid)
+
+    async def is_alive(self, identity: Identity) -> bool:
+        stat = proc.read_stat(identity.pid)
+        return stat is not None and stat.is_alive and self._is(stat, identity)
+
+    async def members(self, tree_id: str, main: Identity) -> list[Member]:
+        """See ``ports.Trees``. Tens of microseconds for a tree with a control group, else a look at all of /proc.
+
+        The kernel's list of the group misses nobody but those who were moved out of it (by root, or by systemd on
+        a user's behalf). These are found as descendants in a look that may be a second old.
+        """
+        supervisor, group = self._tie(tree_id)
+        in_group = group is not None and bool(cgroups.pids(group))
+        table = await self._scan.table(_MOVED_OUT_AGE_S if in_group else 0.0)
+        roots = {i.pid for i in (main, supervisor) if i and self._is(table.get(i.pid), i)}
+        stats = {}
+        for pid in table.descendants(roots):
+            seen, now = table.get(pid), proc.read_stat(pid)
+            if seen and now and seen.start_ticks == now.start_ticks:
+                stats[pid] = now
+        if group is not None:  # after the look, so that what was born meanwhile is in it
+            stats.update((pid, now) for pid in cgroups.pids(group) if (now := proc.read_stat(pid)))
+        if supervisor is not None:
+            stats.pop(supervisor.pid, None)
+        found = [member for stat in stats.values() if (member := _member(stat))]
+        return sorted(found, key=lambda m: (m.pid != main.pid, m.start_ticks, m.pid))
+
+    async def locate(self, pids: Sequence[int], mains: Mapping[str, Identity]) -> dict[int, str]:
+        """See ``ports.Trees``. Walks up from each pid: tens of microseconds each, however many trees there are."""
+        roots: dict[tuple[int, int], str] = {}
+        groups: dict[Path, str] = {}
+        for name, main in mains.items():
+            supervisor, group = self._tie(name)
+            for identity in (main, supervisor):
+                if identity is not None and identity.boot_id == self._boot_id:
+                    roots[identity.pid, identity.start_ticks] = name
+            if group is not None:
+                groups[group] = name
+        found = {}
+        for pid in pids:
+            # An ancestor may end while we walk; the second walk starts at its heir.
+            tree_id = _walk_up(pid, roots) or self._by_group(pid, groups) or _walk_up(pid, roots)
+            if tree_id is not None:
+                found[pid] = tree_id
+        return found
+
+    def _by_group(self, pid: int, groups: Mapping[Path, str]) -> str | None:
+        group = self._groups.of(pid) if groups else None
+        candidates = (group, *group.parents) if group is not None else ()
+        return next((groups[path] for path in candidates if path in groups), None)
+
+    def _is(self, stat: proc.Stat | None, identity: Identity) -> bool:
+        return (
+            stat is not None
+            and stat.start_ticks == identity.start_ticks
+            and self._boot_id == identity.boot_id
+        )
+
+    def _tie(self, tree_id: str) -> tuple[Identity | None, Path | None]:
+        if tree_id not in self._ties:
+            files = self._files(tree_id)
+            if not files.path.is_dir():  # not launched, or not yet
+                return None, None
+            self._ties[tree_id] = files.supervisor(), files.group()
+        return self._ties[tree_id]
+
+    # -- acting -----------------------------------------------------------------------------------
+
+    async def signal(self, members: Sequence[Member], signal: int) -> None:
+        for member in members:
+            try:
+                launching.send_signal(member.pid, member.start_ticks, signal)
+            except OSError as error:
+                logger.warning("signal=%d pid=%d failed: %s", signal, member.pid, error)
+
+    async def set_oom_score(
+        self, members: Sequence[Member], score: int | Mapping[int, int]
+    ) -> dict[int, int]:
+        """See ``ports.Trees``. Members that are gone, or may not be changed, are not in the result."""
+        old = {}
+        for member in members:
+            wanted = score if isinstance(score, int) else score.get(member.pid)
+            if wanted is not None:
+                before = proc.set_oom_score(member.pid, member.start_ticks, wanted)
+                if before is not None:
+                    old[member.pid] = before
+        return old
+
+    def _files(self, tree_id: str) -> TreeFiles:
+        """Raises InvalidRequest for an id that could lead elsewhere."""
+        if not _TREE_ID.fullmatch(tree_id):
+            raise errors.InvalidRequest(f"{tree_id!r} is not a tree id")
+        return TreeFiles(self._root / tree_id)
+
+
+def _walk_up(pid: int, roots: Mapping[tuple[int, int], str]) -> str | None:
+    """What ``roots``, by pid and start time, says of the process or of its nearest ancestor that is in it."""
+    while stat := proc.read_stat(pid):
+        if (tree_id := roots.get((pid, stat.start_ticks))) is not None:
+            return tree_id
+        pid = stat.ppid
+    return None
+
+
+def _member(stat: proc.Stat) -> Member | None:
+    """None for what is gone or a zombie."""
+    ruid = proc.ruid(stat.pid) if stat.is_alive else None
+    if ruid is None:
+        return None
+    return Member(
+        pid=stat.pid,
+        start_ticks=stat.start_ticks,
+        ruid=ruid,
+        stopped=stat.is_stopped,
+        zombie=False,
+    )
+
+
+async def _readable(fd: int) -> None:
+    """Waits until the descriptor is readable; for a pidfd, until the process has ended."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not ready.done():  # the loop calls for as long as the descriptor is readable
+            ready.set_result(None)
+
+    loop.add_reader(fd, tell)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
