@@ -77,13 +77,14 @@ class Connection(Channel):
         self.close()
 
     def _wait_until(self, deadline: float | None) -> None:
-        if deadline is None:
-            self._sock.settimeout(None)
-            return
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
+        """Limits the next wait. Raises TimeoutError when there is no time left, Lost after ``close``."""
+        remaining = None if deadline is None else deadline - time.monotonic()
+        if remaining is not None and remaining <= 0:
             raise TimeoutError
-        self._sock.settimeout(remaining)
+        try:
+            self._sock.settimeout(remaining)
+        except OSError:
+            raise Lost(sent=False) from None
 
 
 class Pool:

@@ -23,7 +23,10 @@ SOAK_TIMEOUT_S = 3600.0
 _PROBE = """
 from cuda.bindings import driver
 def call(name, *args):
-    result, *values = getattr(driver, name)(*args)
+    try:
+        result, *values = getattr(driver, name)(*args)
+    except Exception as error:
+        raise SystemExit(f"no NVIDIA driver ({type(error).__name__})")
     if result != driver.CUresult.CUDA_SUCCESS:
         raise SystemExit(f"{name}: {result.name}")
     return values

@@ -184,8 +184,10 @@ class PrivateDaemon:
     def end(self) -> None:
         """Ends everything: managed processes, then the daemon; AssertionError when anything is left.
 
-        A daemon that the test killed is started once more: only it can tell what it manages.
+        A daemon that the test killed is started once more: only it can tell what it manages. May be called again.
         """
+        if not self.directory.exists():
+            return
         try:
             if self._process is not None:
                 self._end_all()

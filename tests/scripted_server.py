@@ -1,19 +1,25 @@
 """A Unix-socket server that answers as a test tells it: real sockets, one thread for each connection.
 
-Covers: reading requests, answering whole, in pieces, wrongly or not at all. It knows nothing of what the answers mean.
+Covers: reading requests, answering whole, in pieces, wrongly or not at all; a server of another user; and the scripts
+that the SDK's tests share.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+ROOT = Path(__file__).resolve().parent.parent
 JOIN_S = 10.0
 
 
@@ -72,7 +78,7 @@ class ScriptedServer:
         requests: (number of the connection, request), in the order they came.
     """
 
-    def __init__(self, directory: Path, script: Callable[[Peer], None]) -> None:
+    def __init__(self, directory: Path, script: Callable[[Peer], object]) -> None:
         self.path = str(directory / "s")
         self.requests: list[tuple[int, dict[str, Any]]] = []
         self._script = script
@@ -143,3 +149,123 @@ def answer_all(results: dict[str, Any]) -> Callable[[Peer], None]:
             peer.answer(results[request["method"]])
 
     return script
+
+
+STATUS: dict[str, Any] = {
+    "gpus": [
+        {
+            "index": 0,
+            "name": "GPU",
+            "mem_total_mb": 80000,
+            "mem_used_mb": 500,
+            "mem_free_mb": 79500,
+        },
+        {"index": 1, "name": "GPU", "mem_total_mb": 80000, "mem_used_mb": 80000, "mem_free_mb": 0},
+    ],
+    "processes": [{"name": "a", "state": "active", "mem_mb": 1200, "pid": 7}],
+}
+
+
+def status_of(**process: Any) -> dict[str, Any]:
+    return {**STATUS, "processes": [{"name": "a", "pid": 7, **process}] if process else []}
+
+
+def statuses(*answers: dict[str, Any]) -> Callable[[Peer], None]:
+    """Answers each status with the next of ``answers``, the last one for ever."""
+    left = list(answers)
+
+    def script(peer: Peer) -> None:
+        for _ in peer.requests():
+            peer.answer(left.pop(0) if len(left) > 1 else left[0])
+
+    return script
+
+
+class LeaseBook:
+    """A script that keeps leases as a daemon does: for each connection, until it ends."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, list[str]] = {}
+
+    def __call__(self, peer: Peer) -> None:
+        for request in peer.requests():
+            name = request["params"].get("name")
+            if request["method"] == "release":
+                peer.answer({"name": name, "released": 0})
+            elif name == "gone":
+                peer.refuse("no such process", code="not_found")
+            else:
+                self.held.setdefault(peer.number, []).append(name)
+                peer.answer({"name": name, "from_tier": "ram"})
+        self.held.pop(peer.number, None)
+
+
+_SERVE_AS = """
+import os, socket, sys
+path, uid = sys.argv[1], int(sys.argv[2])
+os.umask(0)
+os.setuid(uid)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+print("listening", flush=True)
+listener.settimeout(30)
+peer, _ = listener.accept()
+peer.settimeout(30)
+data = peer.recv(4096)
+if data:
+    peer.sendall(b'{"ok":true,"result":{"gpus":[]},"id":1}\\n')
+print(data.decode(), flush=True)
+"""
+
+
+class ForeignServer:
+    """Another process, of user ``uid``, that listens and answers one request with an empty status."""
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+        self._directory = tempfile.TemporaryDirectory(
+            dir="/tmp"
+        )  # pytest's own is closed to others
+        self.path = f"{self._directory.name}/s"
+
+    def received(self) -> str:
+        """All that came in; waits for the connection and its first bytes, or its end."""
+        assert self._process.stdout is not None
+        return self._process.stdout.read().strip()
+
+    def __enter__(self) -> Self:
+        Path(self._directory.name).chmod(0o777)
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _SERVE_AS, self.path, str(self._uid)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "listening\n"
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=JOIN_S)
+        self._directory.cleanup()
+
+
+def run_python(code: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
+    """What a fresh interpreter prints, with this package in its path."""
+    ended = subprocess.run(
+        [sys.executable, *flags, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -69,7 +70,7 @@ REWARD = {
     "exit_code": 3,
     "error": "gone\x1b[2J",
 }
-EVENTS = [
+EVENTS: list[dict[str, Any]] = [
     {"time": "2026-01-02T03:04:05Z", "type": "run", "process": "policy"},
     {
         "time": "2026-01-02T03:04:06Z",
@@ -204,6 +205,7 @@ class FakeDaemon:
 
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     fake = FakeDaemon(tmp_path / "s.sock")
     monkeypatch.setenv("GPUSCHED_SOCKET", str(fake.path))
     yield fake
@@ -235,7 +237,6 @@ class Terminal:
     def __init__(self, *args: str) -> None:
         self._fd, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "110"}
-        environment.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpusched", *args],
             stdin=theirs,
@@ -620,11 +621,11 @@ def test_simulated_gpus_are_marked_in_status(daemon: FakeDaemon) -> None:
 def test_status_on_a_terminal_has_bars_and_colours(daemon: FakeDaemon) -> None:
     daemon.answers["status"] = a_status(POLICY, REWARD, simulated=True)
     text = Terminal("status").finish()
-    assert "█" * 12 in text and "░" * 12 in text and "\x1b[" in text
+    assert "█" * 10 + "\x1b" in text and "░" * 10 in text
     for part in ("GPU 0", "39.1 GiB", "79.6 GiB", "policy", "15.0 GiB", "5m12s", "RAM", "2.0 GiB"):
         assert part in text
     assert "Some GPU [simulated]" in text and "2 freezes (average 812 ms)" in text
-    assert "\x1b[2J" not in text and "RAM_TOTAL_MB" not in text
+    assert "reward: gone [2J" in text and "\x1b[2J" not in text and "RAM_TOTAL_MB" not in text
 
 
 def test_status_on_a_terminal_without_processes_says_how_to_start_one(daemon: FakeDaemon) -> None:
@@ -664,6 +665,13 @@ def test_a_line_on_a_terminal_is_coloured_with_the_same_text(daemon: FakeDaemon)
     daemon.answers["freeze"] = FROZEN
     text = Terminal("freeze", "policy").finish()
     assert "Frozen\x1b[0m policy → ram (812 ms)" in text
+
+
+def test_no_color_means_none(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    daemon.answers |= {"freeze": FROZEN, "status": a_status(POLICY)}
+    assert Terminal("freeze", "policy").finish() == "Frozen policy → ram (812 ms)\r\n"
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", Terminal("status").finish())
 
 
 def test_waiting_shows_progress_and_takes_it_away(daemon: FakeDaemon) -> None:
@@ -949,7 +957,7 @@ def complete(words: str, *, socket_path: str | None = None) -> tuple[int, list[s
     if socket_path:
         more["GPUSCHED_SOCKET"] = socket_path
     code, out, err = finish(start(env={**os.environ, **more}))
-    return code, [line.partition(",")[2] for line in out.splitlines()], err
+    return code, [line.partition(",")[2] for line in out.splitlines() if line], err
 
 
 def test_names_are_completed_from_the_running_daemon(daemon: FakeDaemon) -> None:

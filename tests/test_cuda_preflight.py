@@ -242,6 +242,8 @@ for sign in sys.argv[2:]:
     if sign == "socket":
         held.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         held[-1].bind(f"\\0/tmp/nccl-socket-0-{os.getpid():x}")
+    elif sign == "plain_socket":
+        held.append(socket.socket())
     elif sign == "shm":
         path = f"/dev/shm/nccl-{os.getpid()}"
         with open(path, "wb+") as file:
@@ -327,15 +329,15 @@ def test_nccl_of_another_process_is_not_taken_for_ones_own(scene: Scenes) -> Non
 
 
 def test_nccl_is_seen_by_its_shared_memory(scene: Scenes) -> None:
-    assert signs_of(scene("shm")).nccl == "a mapping of /dev/shm/nccl-*"
+    assert signs_of(scene("shm", "plain_socket")).nccl == "a mapping of /dev/shm/nccl-*"
 
 
 def test_nccl_is_seen_by_pytorchs_thread(scene: Scenes) -> None:
-    assert signs_of(scene("library", "thread")).nccl == "the thread pt_nccl_watchdg"
+    assert signs_of(scene("library", "thread", "plain_socket")).nccl == "the thread pt_nccl_watchdg"
 
 
 def test_a_loaded_library_alone_is_no_sign_of_nccl(scene: Scenes) -> None:
-    assert signs_of(scene("library")).nccl is None
+    assert signs_of(scene("library", "plain_socket")).nccl is None
 
 
 def test_exporter_and_importer_are_told_apart_by_the_segments_name(scene: Scenes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,11 @@ def never_fail_on_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def style(text: str, **how: Any) -> str:
+    """``text`` with colour, unless the user wants none (https://no-color.org); click drops it outside terminals."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **how)
 
 
 def clean(text: object) -> str:
@@ -57,12 +63,12 @@ def print_columns(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 
 def print_result(verb: str, rest: str, result: dict[str, Any], *, colour: str = "green") -> None:
     """``VERB REST``, with a mark behind it when no real GPU was involved."""
-    mark = click.style(" [simulated]", dim=True) if result.get("simulated") else ""
-    click.echo(f"{click.style(verb, fg=colour, bold=True)} {clean(rest)}{mark}")
+    mark = style(" [simulated]", dim=True) if result.get("simulated") else ""
+    click.echo(f"{style(verb, fg=colour, bold=True)} {clean(rest)}{mark}")
 
 
 def print_note(text: str) -> None:
-    click.echo(f"{click.style('note:', fg='yellow')} {clean(text)}", err=True)
+    click.echo(f"{style('note:', fg='yellow')} {clean(text)}", err=True)
 
 
 def print_error(error: GpuschedError, *, hint: str | None) -> None:
@@ -91,7 +97,7 @@ def print_usage_error(error: click.ClickException) -> None:
 
 def _print_problem(label: str, text: str, colour: str) -> None:
     lines = "\n".join(clean(line) for line in text.splitlines())
-    click.echo(f"{click.style(label, fg=colour, bold=True)} {lines}", err=True)
+    click.echo(f"{style(label, fg=colour, bold=True)} {lines}", err=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gpusched.units import MIB, format_size
 if TYPE_CHECKING:
     from rich.text import Text
 
-_BAR_CELLS: Final = 24
+_BAR_CELLS: Final = 20
 _STATE_STYLE: Final = {
     "active": "green",
     "frozen": "cyan",
@@ -41,7 +41,7 @@ def status_command(as_json: bool) -> None:
 
 
 def _notes(process: dict[str, Any]) -> str:
-    """What one wants to know beyond the state: leases, how it ended, what went wrong."""
+    """What one wants to know beyond the state: leases, and how it ended."""
     notes = []
     if process.get("leases"):
         notes.append("leased")
@@ -50,9 +50,7 @@ def _notes(process: dict[str, Any]) -> str:
         notes.append(f"exit {process['exit_code']}")
     if process.get("exit_signal") is not None:
         notes.append(f"signal {process['exit_signal']}")
-    if process.get("error"):
-        notes.append(output.clean(process["error"]))
-    return ", ".join(notes) or "-"
+    return ", ".join(notes)
 
 
 def _gpus(process: dict[str, Any]) -> str:
@@ -83,7 +81,10 @@ def _print_plain(status: dict[str, Any]) -> None:
         [
             (
                 *(p["name"], p["state"], p["tier"], _gpus(p), p["mem_mb"], p["age"], p["pid"]),
-                *(p.get("user") or "-", _notes(p)),
+                *(
+                    p.get("user") or "-",
+                    ", ".join(filter(None, (_notes(p), p.get("error")))) or "-",
+                ),
             )
             for p in status["processes"]
         ],
@@ -108,6 +109,10 @@ def _print_tables(status: dict[str, Any]) -> None:
     console.print(_gpu_table(status))
     if status["processes"]:
         console.print(_process_table(status))
+        for process in status["processes"]:
+            if process.get("error"):
+                text = f"{process['name']}: {process['error']}"
+                console.print(output.clean(text), style="red", soft_wrap=True)
     else:
         console.print("no processes; start one with `gpusched run -- CMD`", style="dim")
     metrics = status["metrics"]
@@ -122,9 +127,11 @@ def _gpu_table(status: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title, justify in (("MEMORY", "left"), ("", "left"), ("USED", "right"), ("TOTAL", "right")):
-        table.add_column(title, justify="right" if justify == "right" else "left", no_wrap=True)
-    table.add_column("NAME", overflow="ellipsis", no_wrap=True)
+    for title in ("MEMORY", ""):
+        table.add_column(title, no_wrap=True)
+    for title in ("USED", "TOTAL"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("NAME")
     for gpu in status["gpus"]:
         used, total = gpu["mem_used_mb"], gpu["mem_total_mb"]
         name = output.clean(gpu["name"]) + _mark(status)
@@ -144,11 +151,12 @@ def _process_table(status: dict[str, Any]) -> Any:
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("NAME", "STATE", "GPU", "MEM", "AGE", "PID", "USER"):
-        table.add_column(
-            title, justify="right" if title in ("MEM", "PID") else "left", no_wrap=True
-        )
-    table.add_column("NOTES", overflow="fold")
+    # Only the first and the last column may be broken into lines: a figure that is cut is worse than none.
+    table.add_column("NAME", overflow="fold")
+    for title in ("STATE", "GPU", "MEM", "AGE", "PID", "USER"):
+        right = title in ("MEM", "PID")
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    table.add_column("NOTES")
     for p in status["processes"]:
         state = Text(p["state"], style=_STATE_STYLE.get(p["state"], "yellow"))
         row = (

@@ -66,22 +66,14 @@ def groups_of(pid: int | str, proc: Path = Path("/proc")) -> dict[str, str]:
 
 
 class TreeGroups:
-    """Makes groups for trees, as children of the group that this process is in."""
+    """Where the groups of trees are: below the group that this process is in."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._mount, self._parent = _own_group() if enabled else (None, None)
 
-    def create(self, tree_id: str) -> Path | None:
-        """The new group, or None where there can be none."""
-        if self._parent is None:
-            return None
-        path = self._parent / f"gpusched-{tree_id}"
-        try:
-            path.mkdir(mode=0o755)
-        except OSError as error:
-            logger.debug("no cgroup tree=%s reason=%s", tree_id, error)
-            return None
-        return path
+    def path_for(self, tree_id: str) -> Path | None:
+        """Where the group of a tree will be; None where there are no groups."""
+        return self._parent / f"gpusched-{tree_id}" if self._parent else None
 
     def of(self, pid: int) -> Path | None:
         """The group that a process is in; None when it is gone or there are no groups."""
@@ -103,6 +95,16 @@ def _own_group() -> tuple[Mount | None, Path | None]:
     except (OSError, ValueError) as error:
         logger.debug("no cgroups reason=%s", error)
     return None, None
+
+
+def create(path: Path) -> bool:
+    """Whether there is a new group now."""
+    try:
+        path.mkdir(mode=0o755)
+    except OSError as error:
+        logger.debug("no cgroup path=%s reason=%s", path, error)
+        return False
+    return True
 
 
 def pids(path: Path) -> list[int]:

@@ -37,10 +37,10 @@ def open_driver(options: argparse.Namespace) -> DriverApi:
     if options.backend == "sim":
         from gpusched.mechanisms.sim.driver import SimDriver
 
-        driver: DriverApi = SimDriver.create(
-            Path(options.sim_dir), options.sim_gpus, options.sim_vram_bytes
-        )
-        return driver
+        directory = Path(options.sim_dir)
+        if not options.sim_gpus:
+            return SimDriver(directory)
+        return SimDriver.create(directory, options.sim_gpus, options.sim_vram_bytes)
     from gpusched.mechanisms.cuda.driver import CudaDriver
 
     return CudaDriver.open(allow_old_driver=options.allow_old_driver)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("cuda", "sim"), required=True)
     parser.add_argument("--allow-old-driver", action="store_true")
     parser.add_argument("--sim-dir", default="")
-    parser.add_argument("--sim-gpus", type=int, default=1)
+    parser.add_argument("--sim-gpus", type=int, default=0, help="0: as the directory was made")
     parser.add_argument("--sim-vram-bytes", type=int, default=0)
     options = parser.parse_args()
     # A ctrl-C at the daemon's terminal reaches the whole process group; the daemon alone decides.

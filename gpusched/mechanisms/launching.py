@@ -37,11 +37,13 @@ def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id:
         raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
     except OSError as error:
         raise _system_error(launch, error.errno, str(error)) from error
-    group = None
+    group = groups.path_for(launch.tree_id)
     try:
-        group = groups.create(launch.tree_id)
-        files.write_launch(launch, group)
-        return _run_supervisor(launch, files, group, lock_fd, boot_id)
+        files.write_launch(
+            launch, group
+        )  # before the group is made: nobody would find it otherwise
+        joined = group if group is not None and cgroups.create(group) else None
+        return _run_supervisor(launch, files, joined, lock_fd, boot_id)
     except BaseException as error:
         if group is not None:
             cgroups.remove(group)

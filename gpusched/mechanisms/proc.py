@@ -16,6 +16,9 @@ from typing import NamedTuple
 from gpusched import errors
 from gpusched.ports import Identity
 
+#: A host where something is born in every single pass is not waited for.
+_MAX_PASSES = 5
+
 
 class Stat(NamedTuple):
     """The fields of /proc/PID/stat that we use. (A NamedTuple: one is made for every process of the host.)"""
@@ -127,16 +130,19 @@ class Table:
 
 
 def scan() -> Table:
-    """Looks at all processes: 11 us each. Misses what is born meanwhile.
+    """Looks at all processes: 11 us each.
 
-    A process whose parent ended while we looked is read once more: by then it has its new parent.
+    Looks again for what was born meanwhile, until nothing new is there: so a child of a process that is seen
+    stopped is seen too. A process whose parent ended while we looked is read once more: by then it has a new one.
     """
     table: dict[int, Stat] = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208 - names, not hundreds of Path objects
-        if entry[0] in "123456789":
-            stat = read_stat(int(entry))
-            if stat is not None:
-                table[stat.pid] = stat
+    for _ in range(_MAX_PASSES):
+        # names, not hundreds of Path objects
+        pids = [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]  # noqa: PTH208
+        born = [stat for pid in pids if pid not in table and (stat := read_stat(pid))]
+        if not born:
+            break
+        table.update((stat.pid, stat) for stat in born)
     for stat in [s for s in table.values() if s.ppid and s.ppid not in table]:
         again = read_stat(stat.pid)
         if again is None:

@@ -35,6 +35,8 @@ _STARTING_WAIT_S = 5.0
 _POLL_S = 0.01
 #: How old a look at /proc may be that finds members who were moved out of their tree's control group.
 _MOVED_OUT_AGE_S = 1.0
+#: A tree that forks faster than we read is not waited for.
+_MAX_GROUP_READS = 50
 
 
 class _SharedScan:
@@ -204,13 +206,10 @@ class TreeKeeper:
         in_group = group is not None and bool(cgroups.pids(group))
         table = await self._scan.table(_MOVED_OUT_AGE_S if in_group else 0.0)
         roots = {i.pid for i in (main, supervisor) if i and self._is(table.get(i.pid), i)}
-        stats = {}
-        for pid in table.descendants(roots):
-            seen, now = table.get(pid), proc.read_stat(pid)
-            if seen and now and seen.start_ticks == now.start_ticks:
-                stats[pid] = now
-        if group is not None:  # after the look, so that what was born meanwhile is in it
-            stats.update((pid, now) for pid in cgroups.pids(group) if (now := proc.read_stat(pid)))
+        stats = {pid: stat for pid in table.descendants(roots) if (stat := table.get(pid))}
+        if group is not None and in_group:
+            stats = _read_again(stats)
+            _add_group(stats, group)
         if supervisor is not None:
             stats.pop(supervisor.pid, None)
         found = [member for stat in stats.values() if (member := _member(stat))]
@@ -291,6 +290,27 @@ def _walk_up(pid: int, roots: Mapping[tuple[int, int], str]) -> str | None:
             return tree_id
         pid = stat.ppid
     return None
+
+
+def _read_again(stats: Mapping[int, proc.Stat]) -> dict[int, proc.Stat]:
+    """The same processes as they are now, less those that are gone."""
+    now = {pid: proc.read_stat(pid) for pid in stats}
+    return {
+        pid: stat
+        for pid, stat in now.items()
+        if stat and stat.start_ticks == stats[pid].start_ticks
+    }
+
+
+def _add_group(stats: dict[int, proc.Stat], group: Path) -> None:
+    """Adds the members of a group, until it has no new ones: then every child of a stopped member is there."""
+    known = set(stats)
+    for _ in range(_MAX_GROUP_READS):
+        new = [pid for pid in cgroups.pids(group) if pid not in known]
+        if not new:
+            return
+        known.update(new)
+        stats.update((pid, stat) for pid in new if (stat := proc.read_stat(pid)))
 
 
 def _member(stat: proc.Stat) -> Member | None:

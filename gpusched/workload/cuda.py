@@ -77,7 +77,7 @@ class CudaMemory:
         return total % 2**64
 
     def _verify_start(self, seed: int) -> None:
-        """Compares the first MiB, and the kernel's digest of it, with the CPU's, so kernels that do nothing are seen."""
+        """Compares the first MiB and its digest with the CPU's: a kernel that does nothing is noticed."""
         gpu = self._gpus[0]
         start = gpu.chunks[0]
         part = _Chunk(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from gpusched.mechanisms.sim import device
-from gpusched.units import MIB
+from gpusched.units import MIB, format_size
 from gpusched.workload.memory import Exit, WorkloadError, chunks
 
 _BLOCK_BYTES: Final = MIB
@@ -32,7 +32,8 @@ class SimulatedMemory:
                 session.allocate(size, number) for number in devices for size in chunks(share)
             ]
         except device.OutOfMemory as error:
-            raise WorkloadError(str(error), Exit.OUT_OF_MEMORY) from error
+            message = f"{error} ({format_size(size_bytes)} in all)"
+            raise WorkloadError(message, Exit.OUT_OF_MEMORY) from error
         except device.SimError as error:
             raise WorkloadError(str(error)) from error
 

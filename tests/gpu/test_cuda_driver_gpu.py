@@ -55,8 +55,7 @@ for line in sys.stdin:
         do(cuda.cuStreamWaitValue32(stream, where, 1, 0))
         print("busy", flush=True)
     elif line == "release\\n":
-        ctypes.memset(int(word), 255, 4)
-        ctypes.memset(int(word) + 3, 127, 1)
+        ctypes.c_uint32.from_address(int(word)).value = 1
         print("released", flush=True)
 """
 
@@ -237,12 +236,11 @@ def test_managed_memory_is_seen_and_refused_by_the_driver_too(
     assert target.ask("digest") == target.digest
 
 
+@pytest.mark.gpu(count=2)
 def test_a_process_moves_to_the_other_gpu_and_back(
     driver: CudaDriver, start: Callable[..., Target]
 ) -> None:
     uuids = [gpu.uuid for gpu in driver.describe().gpus]
-    if len(uuids) < 2:
-        pytest.skip("needs two GPUs")
     target = start()
     (home,) = driver.usage().processes[target.pid]
     other = next(gpu for gpu in uuids if gpu != home)

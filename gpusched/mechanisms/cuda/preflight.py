@@ -151,9 +151,9 @@ def nccl_is_safe(environ: Mapping[str, str]) -> bool:
 # -- reading: /proc, no decisions -----------------------------------------------------------------
 
 
-def _read(path: str, dir_fd: int | None = None) -> bytes:
-    """The whole of a small kernel file; big reads, for the kernel formats as much as the buffer takes."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+def _read(path: str) -> bytes:
+    """The whole of a kernel file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = []
         while part := os.read(fd, 1 << 20):
@@ -191,15 +191,26 @@ def read_links(pid: int) -> Links:
         os.close(directory)
 
 
+def _read_comm(task: str, directory: int) -> bytes:
+    """The name of one thread; empty when it has ended. One read is enough: names have 15 bytes."""
+    try:
+        fd = os.open(f"{task}/comm", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.read(fd, 64)
+    except ProcessLookupError:
+        return b""
+    finally:
+        os.close(fd)
+
+
 def has_thread(pid: int, prefixes: tuple[bytes, ...]) -> str | None:
     """The name of the first thread that starts with one of ``prefixes``. Raises OSError like ``read_links``."""
     directory = os.open(f"/proc/{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in os.listdir(directory):  # noqa: PTH208 - a descriptor, not a path
-            try:
-                comm = _read(f"{name}/comm", directory)
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # ended meanwhile
+        for task in os.listdir(directory):  # noqa: PTH208 - a descriptor, not a path
+            comm = _read_comm(task, directory)
             if comm.startswith(prefixes):
                 return os.fsdecode(comm.rstrip(b"\n"))
         return None
@@ -208,8 +219,10 @@ def has_thread(pid: int, prefixes: tuple[bytes, ...]) -> str | None:
 
 
 def _read_nccl(pid: int, links: Links, maps: bytes) -> str | None:
-    """The first sign of NCCL, cheapest first; the threads are read only where NCCL could be loaded."""
-    if links.sockets and (name := nccl_socket(_read(f"/proc/{pid}/net/unix"), links.sockets)):
+    """The first sign of NCCL, cheapest first. No communicator lives without sockets, nor without its library."""
+    if not links.sockets:
+        return None
+    if name := nccl_socket(_read(f"/proc/{pid}/net/unix"), links.sockets):
         return f"the socket {name}"
     if _NCCL_SEGMENT in maps:
         return "a mapping of /dev/shm/nccl-*"
