@@ -19,6 +19,7 @@ class FreezeResult(TypedDict):
     tier: str
     mem_mb: int
     phases_ms: NotRequired[dict[str, float]]
+    driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
 
 
@@ -29,6 +30,7 @@ class ThawResult(TypedDict):
     mem_mb: int
     evicted: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
+    driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
 
 
@@ -47,6 +49,10 @@ class MigrateResult(TypedDict):
     from_gpu: int
     to_gpu: int
     duration_ms: int
+    mem_mb: int
+    phases_ms: NotRequired[dict[str, float]]
+    driver_ms: NotRequired[float]
+    simulated: NotRequired[bool]
 
 
 class AdoptResult(TypedDict):

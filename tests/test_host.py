@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -75,7 +76,7 @@ def test_the_tightest_limit_above_a_process_counts(sleeper: subprocess.Popen[byt
         sleeper.wait()
         for group in (inner, outer):
             if group.exists():
-                wait_until(lambda g=group: remove(g), within_s=5, what=f"{group} is removed")
+                wait_until(partial(remove, group), within_s=5, what=f"{group} is removed")
 
 
 def remove(group: Path) -> bool:

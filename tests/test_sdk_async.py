@@ -211,17 +211,20 @@ async def test_a_connection_that_ended_while_idle_costs_nothing(tmp_path: Path) 
 
 
 async def test_tasks_share_a_client_and_get_their_own_answers(tmp_path: Path) -> None:
+    all_here = threading.Barrier(10, timeout=WAIT_S)
+
     def script(peer: Peer) -> None:
         for request in peer.requests():
+            all_here.wait()
             peer.answer(request["params"])
 
     with ScriptedServer(tmp_path, script) as server:
         async with AsyncGpuSched(server.path) as gs:
-            answers = await asyncio.gather(*(gs.call("echo", n=n) for n in range(50)))
-            assert answers == [{"n": n} for n in range(50)]
-            again = await asyncio.gather(*(gs.call("echo", n=n) for n in range(4)))
-            assert again == [{"n": n} for n in range(4)]
-        assert server.connections == 50, "the second round reused four of them"
+            for _ in range(2):
+                answers = await asyncio.gather(*(gs.call("echo", n=n) for n in range(10)))
+                assert answers == [{"n": n} for n in range(10)]
+                assert "[4 idle," in repr(gs)
+        assert server.connections == 16, "four were kept and reused"
 
 
 class SlowFreeze:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,7 @@ from simulated_program import (
     loaded,
     other_driver,
     state,
+    used,
     wait_for,
 )
 
@@ -110,6 +114,68 @@ def test_a_driver_killed_at_random_instants_loses_nothing(
         bring_back(SimDriver(directory), program.pid)
         assert program.tell("digest") == before
         assert disk_bytes(directory / "saved") == 0
+
+
+#: Makes a whole cycle of driver calls for each line it reads, and kills itself at that many lines of the driver's code.
+KILLED_AT_A_LINE = """
+import os, signal, sys
+from pathlib import Path
+from gpusched.mechanisms.sim.driver import SimDriver
+
+directory, pid = Path(sys.argv[1]), int(sys.argv[2])
+for line in sys.stdin:
+    left = int(line)
+    child = os.fork()
+    if child == 0:
+        driver = SimDriver(directory)
+        first, second = (gpu.uuid for gpu in driver.describe().gpus)
+        def trace(frame, event, arg):
+            global left
+            if "mechanisms/sim" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+            return trace
+        sys.settrace(trace)
+        driver.lock(pid, 5)
+        driver.checkpoint(pid)
+        driver.restore(pid, {first: second, second: first})
+        driver.unlock(pid)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_driver_killed_at_any_line_of_its_code_loses_nothing(
+    directory: Path, sim: SimDriver, start: Start, soak: bool
+) -> None:
+    program = loaded(start, MIB)
+    program.tell("alloc", 4096)
+    before = program.tell("digest")
+    killed = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_AT_A_LINE, str(directory), str(program.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as killer:
+        assert killer.stdin is not None
+        assert killer.stdout is not None
+        for line in range(0, 100_000, 1 if soak else 7):
+            killer.stdin.write(f"{line}\n")
+            killer.stdin.flush()
+            status = int(killer.stdout.readline())
+            bring_back(SimDriver(directory), program.pid)
+            assert program.tell("digest") == before, f"killed at line {line}"
+            assert sorted(used(sim)) == [0, MIB + 4096]
+            assert disk_bytes(directory / "saved") == 0
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            killed += 1
+    assert killed > 20
 
 
 def test_a_second_call_on_the_same_process_is_refused_while_one_is_under_way(

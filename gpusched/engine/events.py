@@ -68,7 +68,7 @@ class MoveEnded:
     outcome: Outcome
     duration_ms: float
     phases_ms: dict[str, float] = field(default_factory=dict)
-    vram: dict[str, int] | None = None
+    driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
     error: BaseException | None = None
     note: str = ""

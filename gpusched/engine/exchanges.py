@@ -281,6 +281,7 @@ class Exchanges:
                 outcome=report.outcome,
                 duration_ms=(self._core.monotonic_s - begun) * 1000,
                 phases_ms=report.phases_ms,
+                driver_ms=report.driver_ms,
                 oom_scores=report.oom_scores,
                 error=report.error,
                 note=report.note,
@@ -313,6 +314,7 @@ class Exchanges:
         if ended.error is not None and op.error is None:
             op.error = ended.error
         op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
+        op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
         op.phases_ms.setdefault(tree_id, {}).update(ended.phases_ms)
         self._tell(op, ended, process)
         orders = op.exchange.ended(tree_id, ended.outcome)
@@ -412,6 +414,7 @@ class Exchanges:
         }
         if moved:
             result["phases_ms"] = op.phases_ms[process.tree_id]
+            result["driver_ms"] = round(op.driver_ms[process.tree_id], 2)
         if self._core.description.simulated:
             result["simulated"] = True
         return result

@@ -127,6 +127,7 @@ class Operation:
     before: dict[str, ProcState] = field(default_factory=dict)
     phases_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     durations_ms: dict[str, float] = field(default_factory=dict)
+    driver_ms: dict[str, float] = field(default_factory=dict)
     error: BaseException | None = None
     result: Any = None
 

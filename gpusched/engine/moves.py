@@ -56,6 +56,8 @@ class Report:
 
     outcome: Outcome
     phases_ms: dict[str, float] = field(default_factory=dict)
+    #: What the driver's own calls took, those at the same time counted once.
+    driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
     error: errors.GpuschedError | None = None
     note: str = ""
@@ -89,13 +91,17 @@ class Mover:
             error = await work.verify(move)
         if error is None:
             return Report(
-                outcome=Outcome.DONE, phases_ms=work.phases_ms, oom_scores=work.oom_scores
+                outcome=Outcome.DONE,
+                phases_ms=work.phases_ms,
+                driver_ms=work.driver_ms,
+                oom_scores=work.oom_scores,
             )
         log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
         undone = await self._undo(tree, move, failed)
         return Report(
             outcome=Outcome.ROLLED_BACK if undone is None else Outcome.LOST,
             phases_ms=work.phases_ms,
+            driver_ms=work.driver_ms,
             oom_scores=work.oom_scores,
             error=error,
             note="" if undone is None else f"taking it back failed too: {undone}",
@@ -149,6 +155,7 @@ class _Work:
         self._gpu_map = gpu_map
         self._deadline_s = deadline_for(sum(tree.vram.values()))
         self.phases_ms: dict[str, float] = {}
+        self.driver_ms = 0.0
         self.oom_scores: dict[int, int] | None = None
         self._steps: dict[Op, Callable[[], Awaitable[None]]] = {
             Op.LOCK: self._lock,
@@ -271,18 +278,19 @@ class _Work:
             raise self._wrong_state(failed, "to be usable")
         return members, states
 
-    async def _each(self, state: DriverState, act: Callable[[int], Awaitable[None]]) -> None:
+    async def _each(self, state: DriverState, act: Callable[[int], Awaitable[float]]) -> None:
         """``act`` on every member that is in ``state``, all at the same time."""
         _, states = await self._look()
         await self._all(act(pid) for pid, found in states.items() if found is state)
 
-    @staticmethod
-    async def _all(calls: Iterable[Awaitable[None]]) -> None:
+    async def _all(self, calls: Iterable[Awaitable[float]]) -> None:
         """Waits for all of them, so that none is under way afterwards; then raises the first error."""
         results = await asyncio.gather(*calls, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        seconds = [r for r in results if isinstance(r, float)]
+        self.driver_ms += max(seconds, default=0.0) * 1000
 
     async def _explain(
         self, op: Op, error: errors.GpuschedError

@@ -125,22 +125,22 @@ class DriverClient:
         raw = await self._call("states", {"pids": list(pids)}, LOOK_DEADLINE_S)
         return _as(dict[int, DriverState], raw)
 
-    async def lock(self, pid: int, timeout_s: float) -> None:
+    async def lock(self, pid: int, timeout_s: float) -> float:
         # The driver keeps its own time; ours only notices a driver that does not.
         args = {"pid": pid, "timeout_s": timeout_s}
-        await self._call("lock", args, timeout_s + 30.0)
+        return _as(float, await self._call("lock", args, timeout_s + 30.0))
 
-    async def checkpoint(self, pid: int, deadline_s: float) -> None:
-        await self._call("checkpoint", {"pid": pid}, deadline_s)
+    async def checkpoint(self, pid: int, deadline_s: float) -> float:
+        return _as(float, await self._call("checkpoint", {"pid": pid}, deadline_s))
 
     async def restore(
         self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
-    ) -> None:
+    ) -> float:
         args = {"pid": pid, "gpu_map": None if gpu_map is None else dict(gpu_map)}
-        await self._call("restore", args, deadline_s)
+        return _as(float, await self._call("restore", args, deadline_s))
 
-    async def unlock(self, pid: int) -> None:
-        await self._call("unlock", {"pid": pid}, UNLOCK_DEADLINE_S)
+    async def unlock(self, pid: int) -> float:
+        return _as(float, await self._call("unlock", {"pid": pid}, UNLOCK_DEADLINE_S))
 
     async def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
         raw = await self._call("obstacles", {"pids": list(pids)}, LOOK_DEADLINE_S)
