@@ -18,7 +18,6 @@ from typing import Self
 
 from daemons import wait_until
 from gpusched.mechanisms import cgroups, proc
-from gpusched.mechanisms.tree_files import TreeFiles
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.ports import Identity, Launch
 
@@ -39,6 +38,7 @@ class LiveTrees:
         self.logs.mkdir()
         self.mark = f"GPUSCHED_TEST={uuid.uuid4().hex}"
         self._with_groups = with_groups
+        self._tree_ids: list[str] = []
         self.keeper = self.new_keeper()
 
     def new_keeper(self) -> TreeKeeper:
@@ -58,8 +58,9 @@ class LiveTrees:
         log_path: str | None = None,
     ) -> Launch:
         key, _, value = self.mark.partition("=")
+        self._tree_ids.append(f"t{uuid.uuid4().hex}")
         return Launch(
-            tree_id=f"t{uuid.uuid4().hex}",
+            tree_id=self._tree_ids[-1],
             name=name,
             argv=argv,
             env={"PATH": PATH, key: value} if env is None else env,
@@ -93,6 +94,12 @@ class LiveTrees:
             if "supervisor.py" in (line := command_line(pid)) and str(self.directory) in line
         }
 
+    def _remove_groups(self) -> bool:
+        paths = [path for i in self._tree_ids if (path := cgroups.TreeGroups().path_for(i))]
+        for path in paths:
+            cgroups.remove(path)
+        return not any(path.exists() for path in paths)
+
     def __enter__(self) -> Self:
         return self
 
@@ -111,9 +118,8 @@ class LiveTrees:
             return not left and not self.supervisors()
 
         wait_until(is_gone, within_s=10.0, what="all trees have ended")
-        for tree in (self.directory / "state" / "trees").iterdir():
-            if (group := TreeFiles(tree).group()) is not None:
-                cgroups.remove(group)
+        # Supervisors remove the groups; not those that a test has killed.
+        wait_until(self._remove_groups, within_s=10.0, what="all control groups are removed")
         self.keeper.close()
         shutil.rmtree(self.directory)
 

@@ -331,6 +331,7 @@ from gpusched import GpuSched
 
 gs = GpuSched(sys.argv[1])
 gs.call("parent")
+gs.acquire("b")
 with gs.on_gpu("a"):
     child = os.fork()
     if child == 0:
@@ -338,25 +339,39 @@ with gs.on_gpu("a"):
         gs.close()
     else:
         assert os.waitpid(child, 0)[1] == 0
-        gs.call("parent")
+        assert gs.call("parent") == []
 if child:
-    gs.call("after")
+    assert gs.call("after") == ["a"]
+    assert gs.release("b") == {"name": "b", "released": 1}
+    assert gs.call("after") == ["a", "b"]
     gs.close()
 """
 
 
-def test_a_forked_child_opens_its_own_connection_and_leaves_the_parents_lease(
+def test_a_forked_child_opens_its_own_connection_and_leaves_the_parents_leases(
     tmp_path: Path,
 ) -> None:
-    ended: list[int] = []
+    ended: list[str] = []
 
     def script(peer: Peer) -> None:
+        name = ""
         for request in peer.requests():
-            peer.answer({"lease_ended": 1 in ended, "method": request["method"]})
-        ended.append(peer.number)
+            if request["method"] == "acquire":
+                name = request["params"]["name"]
+            released = {"name": "b", "released": 0}
+            peer.answer(released if request["method"] == "release" else ended)
+        ended.extend([name] if name else [])
 
     with ScriptedServer(tmp_path, script) as server:
         run_python(FORK, server.path, flags=("-S",))
         asked = [(number, request["method"]) for number, request in server.requests]
-    assert asked == [(0, "parent"), (1, "acquire"), (2, "child"), (0, "parent"), (0, "after")]
-    assert ended == [2, 1, 0], "the lease outlived the child and ended before what came after it"
+    assert asked == [
+        (0, "parent"),
+        (1, "acquire"),
+        (2, "acquire"),
+        (3, "child"),
+        (0, "parent"),
+        (0, "after"),
+        (0, "release"),
+        (0, "after"),
+    ]

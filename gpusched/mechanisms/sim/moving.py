@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,9 +51,8 @@ def empty(dir_fd: int, allocations: Sequence[Allocation]) -> None:
         fd = open_plain(f"vram-{each.number}", os.O_RDWR, dir_fd)
         try:
             with mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED) as memory:
-                memory.madvise(
-                    mmap.MADV_REMOVE
-                )  # a hole; the bytes are never touched through this map
+                # Makes a hole. The bytes are never touched through this map: the target may have cut the file short.
+                memory.madvise(mmap.MADV_REMOVE)
         finally:
             os.close(fd)
 
@@ -85,8 +83,7 @@ def _truncate(name: str, dir_fd: int) -> None:
     except OSError:
         return
     try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            os.ftruncate(fd, 0)
+        os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 
