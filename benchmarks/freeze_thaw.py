@@ -120,7 +120,9 @@ def one_size(client: GpuSched, gigabytes: float, runs: int, bare: Bare | None) -
 
 
 def show(results: list[dict[str, Any]], note: str) -> None:
-    print(f"\n{'GB':>5} {'way':10} {'freeze ms':>22} {'thaw ms':>22} {'over the driver':>18}  {note}")
+    print(
+        f"\n{'GB':>5} {'way':10} {'freeze ms':>22} {'thaw ms':>22} {'over the driver':>18}  {note}"
+    )
     for row in results:
         for way in ("gpusched", "bare", "fresh"):
             if way not in row:
@@ -138,7 +140,9 @@ def show(results: list[dict[str, Any]], note: str) -> None:
                 f"{row['gigabytes']:5g} {way:10} {cells[0]:>22} {cells[1]:>22} {' / '.join(over):>18}"
             )
         cold = machine.summary(row["cold_start_ms"])
-        print(f"{row['gigabytes']:5g} cold start {cold['median']:.0f} ms ({cold['min']:.0f}-{cold['max']:.0f})")
+        print(
+            f"{row['gigabytes']:5g} cold start {cold['median']:.0f} ms ({cold['min']:.0f}-{cold['max']:.0f})"
+        )
 
 
 def main() -> None:

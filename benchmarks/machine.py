@@ -86,7 +86,9 @@ def save(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
 
 def _meminfo() -> dict[str, int]:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (s.partition(":") for s in lines)}
+    return {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (s.partition(":") for s in lines)
+    }
 
 
 def _read(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Settings of the daemon: the file, the command line over it, and the defaults below. The one reader of the environment.
+"""Settings of the daemon: defaults, the file over them, the command line over that. The environment is read here alone.
 
 A TOML file has the names below as keys; sizes are written as on the command line ("80G"), times as "10s".
 """

@@ -53,7 +53,9 @@ def main(settings: Settings) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    sys.setswitchinterval(0.0005)  # short turns: the loop must not wait for a thread that reads /proc
+    sys.setswitchinterval(
+        0.0005
+    )  # short turns: the loop must not wait for a thread that reads /proc
     _raise_descriptor_limit()
     try:
         with _only_daemon(settings.state_dir):
@@ -100,9 +102,7 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     journal = journals.FileJournal(path, backend)
     await journal.rewrite([{"proc": to_record(p)} for p in processes])
 
-    ports = Ports(
-        driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users
-    )
+    ports = Ports(driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users)
     engine = Engine(ports, description, limits, tasks, version=gpusched.__version__)
     engine.take_over(processes)
     tasks.create_task(engine.run(), name="engine")
@@ -119,7 +119,9 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     try:
         await engine.close(SHUTDOWN_TIMEOUT_S)
     except TimeoutError:
-        log.error("operations still run after %.0f s; the next daemon sorts them out", SHUTDOWN_TIMEOUT_S)
+        log.error(  # noqa: TRY400 - where it was waiting is no news
+            "operations still run after %.0f s; the next daemon sorts them out", SHUTDOWN_TIMEOUT_S
+        )
     await server.close()
     driver.close()
     journal.close()
@@ -133,7 +135,11 @@ def _remember(path: Path, backend: str) -> recovery.Remembered:
     except journals.JournalUnreadable as error:
         aside = path.with_name(f"{path.name}.unreadable-{os.getpid()}")
         path.rename(aside)
-        log.error("the journal cannot be read (%s); kept as %s, going by the trees' own records", error, aside)
+        log.error(  # noqa: TRY400 - the reason is in the message
+            "the journal cannot be read (%s); kept as %s, going by the trees' own records",
+            error,
+            aside,
+        )
         return recovery.Remembered()
     if records and records[0].get("backend") != backend:
         raise errors.ProtocolMismatch(

@@ -132,13 +132,17 @@ def private_daemon(backend: str, gpu: str | None) -> Iterator[GpuSched]:
 def show(client: GpuSched, chosen: Plan) -> bool:
     """The demonstration itself; True when every content was right."""
     if chosen.ballast:
-        click.echo(f"A third process takes {chosen.ballast} of the GPU, so that 4 GiB models make it tight.")
+        click.echo(
+            f"A third process takes {chosen.ballast} of the GPU, so that 4 GiB models make it tight."
+        )
         start(client, "ballast", chosen.ballast, seed=3)
     cold = {"policy": start(client, "policy", chosen.model, seed=1)}
     click.echo(f"policy holds {chosen.model} of VRAM after a cold start of {cold['policy']:.2f} s.")
     client.freeze("policy")
     cold["reward"] = start(client, "reward", chosen.model, seed=2)
-    click.echo(f"reward holds {chosen.model} after a cold start of {cold['reward']:.2f} s; policy is frozen.")
+    click.echo(
+        f"reward holds {chosen.model} after a cold start of {cold['reward']:.2f} s; policy is frozen."
+    )
     try:
         client.thaw("policy")
     except InsufficientGpuMemory as error:
@@ -148,7 +152,9 @@ def show(client: GpuSched, chosen: Plan) -> bool:
         return False
     first = {name: digests(client, name)[0][1] for name in cold}
 
-    click.echo(f"\n{'':7} {'off':8} {'on':8} {'freeze':>8} {'thaw':>8} {'swap':>8}  cold start  contents")
+    click.echo(
+        f"\n{'':7} {'off':8} {'on':8} {'freeze':>8} {'thaw':>8} {'swap':>8}  cold start  contents"
+    )
     off, on, right = "reward", "policy", True
     for number in range(1, SWAPS + 1):
         seen = len(digests(client, on))

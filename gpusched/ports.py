@@ -193,9 +193,7 @@ class Trees(Protocol):
         """Every live process of the tree, the main one first; empty when all are gone. Zombies are left out."""
         ...
 
-    async def locate(
-        self, pids: Sequence[int], mains: Mapping[str, Identity]
-    ) -> dict[int, str]:
+    async def locate(self, pids: Sequence[int], mains: Mapping[str, Identity]) -> dict[int, str]:
         """Which of the trees ``mains`` (tree id -> main process) each pid belongs to; others are left out."""
         ...
 

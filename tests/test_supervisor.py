@@ -21,7 +21,7 @@ from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms import proc
 from gpusched.ports import ExitStatus, Identity, Launch
-from launched_trees import GID, PATH, UID, LiveTrees, state_of
+from launched_trees import GID, PATH, UID, LiveTrees, interpreter_for_others, state_of
 
 WITHIN_S = 5.0
 
@@ -335,22 +335,6 @@ async def test_signals_session_and_umask_are_as_for_a_login(trees: LiveTrees) ->
     assert found["Umask"] == "0022"
     assert os.getsid(main.pid) == os.getpgid(main.pid) == main.pid
     assert str(Path(f"/proc/{main.pid}/cwd").readlink()) == "/usr"
-
-
-def interpreter_for_others() -> str:
-    """One that any user may run (ours may lie below /root) and that is new enough."""
-    for program in (sys.executable, "/usr/bin/python3"):
-        with contextlib.suppress(OSError):
-            ended = subprocess.run(
-                [program, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"],
-                user=UID,
-                group=GID,
-                extra_groups=[],
-                check=False,
-            )
-            if ended.returncode == 0:
-                return program
-    pytest.skip("other users may run no Python 3.11 here")
 
 
 @pytest.mark.root

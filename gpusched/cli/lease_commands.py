@@ -85,31 +85,48 @@ def _what_ended(name: str, events: Iterable[Event]) -> errors.GpuschedError:
 
 def _run_beside(cmd: Sequence[str]) -> int:
     """Runs ``cmd`` on our terminal; its exit code as a shell has it."""
-    try:
-        child = subprocess.Popen(cmd)
-    except OSError as error:
-        click.echo(f"error: {output.clean(cmd[0])}: {error.strerror}", err=True)
-        return EXIT_NOT_EXECUTABLE
-    with _signals_to(child):
+    with _signals() as signals:
+        try:
+            child = subprocess.Popen(cmd)
+        except OSError as error:
+            click.echo(f"error: {output.clean(cmd[0])}: {error.strerror}", err=True)
+            return EXIT_NOT_EXECUTABLE
+        signals.forward_to(child)
         code = child.wait()
     return code if code >= 0 else 128 - code
 
 
+class _Signals:
+    """Passes signals on to a child, those too that came before there was one."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._child is None:
+            self._early.append(number)
+        else:
+            self._child.send_signal(number)
+
+    def forward_to(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        for number in self._early:
+            child.send_signal(number)
+
+
 @contextmanager
-def _signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the body runs, signals that would end us are for ``child``: we stay to give its lease back.
+def _signals() -> Iterator[_Signals]:
+    """While the body runs, signals that would end us are for the child: we stay to give its lease back.
 
-    Ctrl-C reaches it anyway, since it is in the terminal's foreground group with us.
+    Ctrl-C reaches it anyway, since it is in the terminal's foreground group with us. Functions, not SIG_IGN or a mask:
+    the child would inherit those.
     """
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
-    # A function, not SIG_IGN, which the child's own children would inherit from us.
+    signals = _Signals()
+    before = {n: signal.signal(n, signals.receive) for n in (signal.SIGTERM, signal.SIGHUP)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

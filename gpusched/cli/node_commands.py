@@ -47,11 +47,11 @@ def daemon_command(ctx: click.Context, /, config: Path | None, **overrides: Any)
 
     Sizes are a number with K, M, G or T (powers of 1024); MiB where no letter stands. Options win over the file.
     """
-    from gpusched import config as settings
-    from gpusched import daemon
+    from gpusched.config import load
+    from gpusched.daemon import main as run_daemon
 
     overrides["socket_path"] = ctx.find_root().params["socket"]
-    return daemon.main(settings.load(config, overrides))
+    return run_daemon(load(config, overrides))
 
 
 @click.command("rescue", cls=params.Command)
@@ -59,10 +59,10 @@ def daemon_command(ctx: click.Context, /, config: Path | None, **overrides: Any)
 @click.argument("pid", type=click.IntRange(min=1))
 def rescue_command(pid: int, as_json: bool) -> None:
     """Bring a frozen process back without a daemon."""
-    from gpusched import rescue
+    from gpusched.rescue import rescue
 
     with output.progress(f"Rescuing {pid}"):
-        report = rescue.rescue(pid)
+        report = rescue(pid)
     if as_json:
         output.print_json(report)
         return

@@ -100,19 +100,13 @@ class Exchange:
                 orders = [Order(tree_id=t, move=Move.FREEZE) for t in self.off]
                 following = Phase.ON
             case Phase.ON:
-                orders = [
-                    Order(tree_id=t, move=Move.THAW, gpu_map=m) for t, m in self.on.items()
-                ]
+                orders = [Order(tree_id=t, move=Move.THAW, gpu_map=m) for t, m in self.on.items()]
                 following = Phase.ENDED
             case Phase.UNDO_ON:
-                orders = [
-                    Order(tree_id=t, move=Move.FREEZE, is_undo=True) for t in self._went_on
-                ]
+                orders = [Order(tree_id=t, move=Move.FREEZE, is_undo=True) for t in self._went_on]
                 following = Phase.UNDO_OFF
             case Phase.UNDO_OFF:
-                orders = [
-                    Order(tree_id=t, move=Move.THAW, is_undo=True) for t in self._went_off
-                ]
+                orders = [Order(tree_id=t, move=Move.THAW, is_undo=True) for t in self._went_off]
                 following = Phase.ENDED
             case Phase.ENDED:
                 self.outcome = self._result()

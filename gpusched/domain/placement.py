@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def permutation(gpus: Sequence[str], source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
+def permutation(
+    gpus: Sequence[str], source: Sequence[str], target: Sequence[str]
+) -> dict[str, str]:
     """A permutation of all ``gpus`` that takes ``source[i]`` to ``target[i]``.
 
     The driver refuses a partial map (measured on 580: INVALID_VALUE), even when the process sees one GPU alone. GPUs

@@ -18,9 +18,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final, assert_never
-
-from msgspec import Struct
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from gpusched import errors, types
 from gpusched.domain.states import ProcState
@@ -38,13 +36,17 @@ from gpusched.engine.events import (
     Surveyed,
     Tick,
 )
-from gpusched.engine.exchanges import Exchanges, names
+from gpusched.engine.exchanges import Exchanges
 from gpusched.engine.leases import Leases
 from gpusched.engine.lifecycle import Lifecycle
 from gpusched.engine.model import Caller, Operation, Process
 from gpusched.engine.report import report
+from gpusched.engine.results import names
 from gpusched.ports import Description
 from gpusched.protocol import messages as m
+
+if TYPE_CHECKING:
+    from msgspec import Struct
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +281,9 @@ class Engine:
         """After a defect: the operation that it hit, if any, ends with an internal error."""
         future = event.future if isinstance(event, Requested) else None
         op = self.core.node.operations.get(getattr(event, "op_id", ""))
-        wrapped = errors.InternalError(f"a defect in gpusched ({error!r}); the daemon's log has more")
+        wrapped = errors.InternalError(
+            f"a defect in gpusched ({error!r}); the daemon's log has more"
+        )
         if op is not None:
             self.core.reply(op, error=wrapped)
         elif future is not None and not future.done():

@@ -18,15 +18,15 @@ from gpusched.domain.eviction import Candidate, choose_victims
 from gpusched.domain.exchange import Exchange, GpuMap, Order, Phase
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.placement import permutation
-from gpusched.domain.states import ProcState, Trigger, tier_of
+from gpusched.domain.states import ProcState, Trigger
 from gpusched.engine import admission
 from gpusched.engine.core import Core
 from gpusched.engine.events import MoveEnded, Surveyed
 from gpusched.engine.leases import Leases
 from gpusched.engine.model import Operation, Process
 from gpusched.engine.moves import Tree
+from gpusched.engine.results import Results, names
 from gpusched.protocol import messages as m
-from gpusched.units import mib
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Exchanges:
     def __init__(self, core: Core, leases: Leases) -> None:
         self._core = core
         self._leases = leases
+        self._results = Results(core)
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class Exchanges:
         if off or on:
             self._survey(op)
         else:
-            self._core.reply(op, result=self._result(op))
+            self._core.reply(op, result=self._complete(op))
 
     def _sides(
         self, op: Operation, processes: Sequence[Process]
@@ -81,7 +82,11 @@ class Exchanges:
                     raise errors.InvalidRequest(f"{sorted(clash)[0]} cannot go off and come on")
                 return (
                     [p for p in processes if p.name in off_names and p.state in _CAN_GO_OFF],
-                    [(p, None) for p in processes if p.name in on_names and p.state in _CAN_COME_ON],
+                    [
+                        (p, None)
+                        for p in processes
+                        if p.name in on_names and p.state in _CAN_COME_ON
+                    ],
                 )
             case m.Migrate():
                 process = processes[0]
@@ -243,7 +248,9 @@ class Exchanges:
             }
         }
 
-    async def _perform(self, op_id: str, orders: list[Order], records: list[dict[str, Any]]) -> None:
+    async def _perform(
+        self, op_id: str, orders: list[Order], records: list[dict[str, Any]]
+    ) -> None:
         try:
             await self._core.ports.journal.append(*records)
         except errors.GpuschedError as error:
@@ -308,7 +315,9 @@ class Exchanges:
                 }
         elif ended.outcome is Outcome.LOST:
             changes["error"] = f"{ended.error}. {ended.note}"
-        why = str(ended.error) if ended.error else f"{op.kind} {op.op_id}, {ended.duration_ms:.0f} ms"
+        why = (
+            str(ended.error) if ended.error else f"{op.kind} {op.op_id}, {ended.duration_ms:.0f} ms"
+        )
         self._core.apply(tree_id, Trigger(ended.outcome), why, **changes)
         self._core.sampler.invalidate()
         if ended.error is not None and op.error is None:
@@ -348,98 +357,16 @@ class Exchanges:
                 self._core.events.emit(
                     "migrate",
                     self._core.node.processes[op.tree_ids[0]].name,
-                    duration_ms=self._elapsed_ms(op),
+                    duration_ms=self._results.elapsed_ms(op),
                 )
-            self._core.finish(op, result=self._result(op))
+            self._core.finish(op, result=self._complete(op))
             return
-        self._core.finish(op, error=self._failure(op))
+        self._core.finish(op, error=self._results.failure(op))
 
-    def _failure(self, op: Operation) -> errors.GpuschedError:
-        """What the client is told: the cause, and where its processes are now."""
-        cause = op.error
-        if not isinstance(cause, errors.GpuschedError):
-            cause = errors.InternalError(f"{op.kind} failed: {cause!r}")
-        processes = [self._core.node.processes[t] for t in op.tree_ids]
-        now = ", ".join(f"{p.name} is {p.state}" for p in processes)
-        verb = {"acquire": "thaw"}.get(op.kind, op.kind)
-        if op.exchange is not None and op.exchange.outcome is Outcome.LOST:
-            lost = [p.name for p in processes if p.state is _S.FAILED]
-            advice = f"Try again, or: gpusched kill {lost[0]}." if lost else ""
-            new: errors.GpuschedError = errors.ProcessLost(
-                f"{verb} failed and could not be taken back: {cause} Now {now}. {advice}",
-                {**cause.details, "cause_code": cause.code},
-            )
-        else:
-            text = f"{verb} failed and was rolled back (now {now}): {cause}"
-            new = type(cause)(text, cause.details)
-        new.__cause__ = cause
-        return new
-
-    # -- results ----------------------------------------------------------------------------------
-
-    def _elapsed_ms(self, op: Operation) -> int:
-        return round((self._core.monotonic_s - op.begun_s) * 1000)
-
-    def _result(self, op: Operation) -> dict[str, Any]:
-        assert op.exchange is not None
-        by_name = {p.name: p for p in (self._core.node.processes[t] for t in op.tree_ids)}
-        match op.params:
-            case m.Freeze():
-                return self._frozen(op, by_name[op.params.name])
-            case m.Thaw():
-                return self._thawed(op, by_name[op.params.name])
-            case m.Swap():
-                return {
-                    "duration_ms": self._elapsed_ms(op),
-                    "off": [self._frozen(op, by_name[n]) for n in names(op.params.off)],
-                    "on": [self._thawed(op, by_name[n]) for n in names(op.params.on)],
-                }
-            case m.Acquire():
-                process = by_name[op.params.name]
-                return {
-                    **self._thawed(op, process),
-                    **self._leases.grant(process, op.caller, op.params.for_s),
-                }
-            case _:
-                return self._migrated(op, self._core.node.processes[op.tree_ids[0]])
-
-    def _moved(self, op: Operation, process: Process) -> dict[str, Any]:
-        moved = process.tree_id in op.durations_ms
-        single = len(op.tree_ids) == 1
-        took = self._elapsed_ms(op) if single else round(op.durations_ms.get(process.tree_id, 0))
-        result: dict[str, Any] = {
-            "name": process.name,
-            "duration_ms": took if moved else 0,
-            "mem_mb": mib(process.vram_bytes),
-        }
-        if moved:
-            result["phases_ms"] = op.phases_ms[process.tree_id]
-            result["driver_ms"] = round(op.driver_ms[process.tree_id], 2)
-        if self._core.description.simulated:
-            result["simulated"] = True
+    def _complete(self, op: Operation) -> dict[str, Any]:
+        """The result of an operation that reached its goal; an acquire gets its lease here."""
+        result = self._results.of(op)
+        if isinstance(op.params, m.Acquire):
+            process = self._core.named(op.params.name)
+            result |= self._leases.grant(process, op.caller, op.params.for_s)
         return result
-
-    def _frozen(self, op: Operation, process: Process) -> dict[str, Any]:
-        return self._moved(op, process) | {"tier": tier_of(process.state).value}
-
-    def _thawed(self, op: Operation, process: Process) -> dict[str, Any]:
-        before = op.before.get(process.tree_id, process.state)
-        result = self._moved(op, process) | {"from_tier": tier_of(before).value}
-        if op.evicted:
-            result["evicted"] = [self._core.node.processes[t].name for t in op.evicted]
-        return result
-
-    def _migrated(self, op: Operation, process: Process) -> dict[str, Any]:
-        assert op.exchange is not None
-        gpu_map = op.exchange.on.get(process.tree_id) or {}
-        back = {target: source for source, target in gpu_map.items()}
-        index = {uuid: gpu.index for uuid, gpu in self._core.gpus.items()}
-        return self._moved(op, process) | {
-            "duration_ms": self._elapsed_ms(op) if op.durations_ms else 0,
-            "from_gpu": index.get(back.get(process.gpus[0], process.gpus[0]), -1),
-            "to_gpu": index.get(process.gpus[0], -1),
-        }
-
-
-def names(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)

@@ -56,17 +56,16 @@ class Leases:
         else:
             kept = tuple(t for t in process.timed_leases if t.expires_unix_s > now)
             lease = TimedLease(lease_id=lease_id, uid=caller.uid, expires_unix_s=now + for_s)
-            self._core.put(
-                replace(process, timed_leases=(*kept, lease), last_used_unix_s=now)
-            )
+            self._core.put(replace(process, timed_leases=(*kept, lease), last_used_unix_s=now))
         self._core.events.emit("acquire", process.name)
         return {"lease": lease_id, "expires_s": for_s}
 
     def release(self, process: Process, caller: Caller) -> int:
         """Ends the caller's leases: those of this connection and, of the same user, the timed ones."""
         ended = self._core.drop_leases(
-            lambda tree_id, connection: (tree_id, connection)
-            == (process.tree_id, caller.connection)
+            lambda tree_id, connection: (
+                (tree_id, connection) == (process.tree_id, caller.connection)
+            )
         )
         now = self._core.unix_s
         kept = tuple(

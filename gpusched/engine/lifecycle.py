@@ -25,7 +25,7 @@ from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
 
-#: After SIGKILL a process may still be in the kernel (a driver call, a dump of core); longer is a defect worth a message.
+#: After SIGKILL a process may still be in the kernel: a driver call, a dump of core.
 KILL_TIMEOUT_S: Final = 60.0
 _S = ProcState
 
@@ -79,7 +79,8 @@ class Lifecycle:
             return None
         if old.tree_id in self._core.node.busy or old.state is not _S.DEAD:
             raise errors.AlreadyExists(
-                f"a process named {name!r} exists already (state {old.state}); choose another name or: gpusched kill {name}"
+                f"a process named {name!r} exists already (state {old.state}); "
+                f"choose another name or: gpusched kill {name}"
             )
         require_owner(op.caller, old)
         return old
@@ -116,9 +117,7 @@ class Lifecycle:
         except errors.GpuschedError as error:
             self._core.post(Launched(op_id=op.op_id, error=error))
         else:
-            self._core.post(
-                Launched(op_id=op.op_id, main=main, uid=process.uid, user=user.name)
-            )
+            self._core.post(Launched(op_id=op.op_id, main=main, uid=process.uid, user=user.name))
 
     def _environment(self, params: m.Run, user: User, gpus: tuple[str, ...]) -> dict[str, str]:
         """The caller's environment, or a login's; never the daemon's. Ours goes over it."""
@@ -336,7 +335,12 @@ class Lifecycle:
 
 def require_runnable(params: m.Run) -> None:
     """Raises InvalidRequest for a command, directory or environment that no kernel would take."""
-    texts = [*params.cmd, params.dir or "", *(params.env or {}).keys(), *(params.env or {}).values()]
+    texts = [
+        *params.cmd,
+        params.dir or "",
+        *(params.env or {}).keys(),
+        *(params.env or {}).values(),
+    ]
     if any("\0" in text for text in texts):
         raise errors.InvalidRequest("cmd, dir and env must not contain NUL characters")
     if not params.cmd[0]:

@@ -72,23 +72,22 @@ class Mover:
         self._clock = clock
         self._lock_timeout_s = lock_timeout_s
 
-    async def run(
-        self, tree: Tree, move: Move, gpu_map: Mapping[str, str] | None = None
-    ) -> Report:
+    async def run(self, tree: Tree, move: Move, gpu_map: Mapping[str, str] | None = None) -> Report:
         """Performs ``move``. Blocks for as long as the driver takes; never raises for what a tree or driver does.
 
         DONE: the tree is where the move leads, and the driver says so. ROLLED_BACK: it is where it was. LOST: it is
         neither, and ``error`` and ``note`` say what is known.
         """
         work = _Work(self, tree, gpu_map)
+        last = len(STEPS[move]) - 1
         error: errors.GpuschedError | None = None
-        failed = 0
-        for failed, step in enumerate(STEPS[move]):
+        for number, step in enumerate(STEPS[move]):
             error = await work.perform(step.do)
+            if error is None and number == last:
+                error = await work.verify(move)
             if error is not None:
+                last = number
                 break
-        if error is None:
-            error = await work.verify(move)
         if error is None:
             return Report(
                 outcome=Outcome.DONE,
@@ -97,7 +96,7 @@ class Mover:
                 oom_scores=work.oom_scores,
             )
         log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
-        undone = await self._undo(tree, move, failed)
+        undone = await self._undo(tree, move, last)
         return Report(
             outcome=Outcome.ROLLED_BACK if undone is None else Outcome.LOST,
             phases_ms=work.phases_ms,
@@ -292,9 +291,7 @@ class _Work:
         seconds = [r for r in results if isinstance(r, float)]
         self.driver_ms += max(seconds, default=0.0) * 1000
 
-    async def _explain(
-        self, op: Op, error: errors.GpuschedError
-    ) -> errors.GpuschedError | None:
+    async def _explain(self, op: Op, error: errors.GpuschedError) -> errors.GpuschedError | None:
         """None when ``op`` was done in spite of ``error``; else the error, as precise as it can be."""
         goals = {
             Op.LOCK: {_S.LOCKED, _S.CHECKPOINTED},

@@ -136,8 +136,7 @@ class Recovery:
             await self._trees.forget(process.tree_id)
             return None
         self._note(process, "ended while no daemon ran")
-        dead = replace(process, state=_S.DEAD, exit=status, oom_scores={}, timed_leases=())
-        return dead
+        return replace(process, state=_S.DEAD, exit=status, oom_scores={}, timed_leases=())
 
     async def _reconcile(
         self, process: Process, members: Sequence[Member], states: Mapping[int, DriverState]
@@ -148,9 +147,8 @@ class Recovery:
         was = process.state
         if found & {DriverState.FAILED, DriverState.UNKNOWN}:
             return self._broken(process, "was given up by the driver; kill it")
-        if found == {DriverState.CHECKPOINTED}:
-            move, wanted = Move.FREEZE, _S.FROZEN
-        elif not found and stopped and was in (_S.FROZEN, _S.FREEZING, _S.THAWING):
+        stopped_only = not found and stopped and was in (_S.FROZEN, _S.FREEZING, _S.THAWING)
+        if found == {DriverState.CHECKPOINTED} or stopped_only:
             move, wanted = Move.FREEZE, _S.FROZEN
         elif found <= {DriverState.RUNNING}:
             if was is _S.ACTIVE:
@@ -210,7 +208,10 @@ class Recovery:
                 if before[tree_id] is not wanted or process.state is wanted:
                     continue
                 if move is Move.THAW and not await self._fits(process):
-                    self._note(process, f"stays {process.state}: there is no room to take {operation['kind']} back")
+                    self._note(
+                        process,
+                        f"stays {process.state}: there is no room to take {operation['kind']} back",
+                    )
                     continue
                 processes[tree_id] = await self._move(
                     process, move, wanted, f"taking back {operation['kind']}"

@@ -111,9 +111,7 @@ class DriverClient:
 
     async def describe(self) -> Description:
         if self._description is None:
-            self._description = _as(
-                Description, await self._call("describe", {}, OPEN_DEADLINE_S)
-            )
+            self._description = _as(Description, await self._call("describe", {}, OPEN_DEADLINE_S))
         return self._description
 
     async def usage(self) -> Usage:
@@ -198,7 +196,9 @@ class DriverClient:
 
     def _retire(self, helper: _Helper) -> None:
         """No new calls for ``helper``; it ends when the others are done, at the latest after RETIRE_S."""
-        log.warning("driver helper retired pid=%d calls=%d", helper.process.pid, len(helper.waiting))
+        log.warning(
+            "driver helper retired pid=%d calls=%d", helper.process.pid, len(helper.waiting)
+        )
         helper.retired = True
         live = [f for f in helper.waiting.values() if not f.done()]
         if live:

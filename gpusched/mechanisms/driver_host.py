@@ -84,7 +84,9 @@ class Host:
                 raise errors.InternalError(f"no driver call {request['call']!r}")
             begun = time.monotonic()
             result = getattr(driver, request["call"])(**request["args"])
-            if result is None:  # it changed something: how long the driver took is all there is to say
+            if (
+                result is None
+            ):  # it changed something: how long the driver took is all there is to say
                 result = time.monotonic() - begun
         except errors.GpuschedError as error:
             self._answer(request["id"], error=error)

@@ -114,7 +114,9 @@ class FileJournal:
             return
         act = self._pending[0][0]
         alone = act == self._replace
-        batch = self._pending[:1] if alone else list(takewhile(lambda p: p[0] == act, self._pending))
+        batch = (
+            self._pending[:1] if alone else list(takewhile(lambda p: p[0] == act, self._pending))
+        )
         del self._pending[: len(batch)]
         written = loop.run_in_executor(self._thread, act, b"".join(part for _, part, _ in batch))
 

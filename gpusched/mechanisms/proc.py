@@ -16,6 +16,8 @@ from typing import NamedTuple
 from gpusched import errors
 from gpusched.ports import Identity
 
+#: Where the kernel waits for a vfork child; the name depends on its version.
+_VFORK = frozenset({b"kernel_clone", b"_do_fork", b"wait_for_vfork_done"})
 #: A host where something is born in every single pass is not waited for.
 _MAX_PASSES = 5
 
@@ -92,6 +94,22 @@ def _status_field(pid: int, name: bytes) -> int | None:
         return int(text[text.index(b"\n" + name) + len(name) + 1 :].split(None, 1)[0])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def waits_in_vfork(pid: int) -> bool:
+    """Whether a process does nothing but wait for a vfork child: each thread is in vfork, or stopped.
+
+    Such a wait is deaf to SIGSTOP: while the child is stopped before its exec, the parent stays in state D.
+    """
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
+        states = [(_parse(pid, _read(f"/proc/{pid}/task/{t}/stat")), t) for t in threads]
+        return bool(states) and all(
+            s.is_stopped or (s.state == "D" and _read(f"/proc/{pid}/task/{t}/wchan") in _VFORK)
+            for s, t in states
+        )
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def environ(pid: int) -> dict[str, str]:

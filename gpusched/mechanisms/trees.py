@@ -212,7 +212,8 @@ class TreeKeeper:
             _add_group(stats, group)
         if supervisor is not None:
             stats.pop(supervisor.pid, None)
-        found = [member for stat in stats.values() if (member := _member(stat))]
+        halted = _halted(stats)
+        found = [m for stat in stats.values() if (m := _member(stat, stat.pid in halted))]
         return sorted(found, key=lambda m: (m.pid != main.pid, m.start_ticks, m.pid))
 
     async def locate(self, pids: Sequence[int], mains: Mapping[str, Identity]) -> dict[int, str]:
@@ -313,7 +314,16 @@ def _add_group(stats: dict[int, proc.Stat], group: Path) -> None:
         stats.update((pid, stat) for pid in new if (stat := proc.read_stat(pid)))
 
 
-def _member(stat: proc.Stat) -> Member | None:
+def _halted(stats: Mapping[int, proc.Stat]) -> set[int]:
+    """Those that execute nothing: stopped, or waiting in vfork for a child that is halted itself."""
+    halted = {pid for pid, stat in stats.items() if stat.is_stopped}
+    waiting = {p for p, stat in stats.items() if stat.state == "D" and proc.waits_in_vfork(p)}
+    for _ in waiting:  # a vfork child may itself wait for one
+        halted.update(s.ppid for s in stats.values() if s.pid in halted and s.ppid in waiting)
+    return halted
+
+
+def _member(stat: proc.Stat, stopped: bool) -> Member | None:
     """None for what is gone or a zombie."""
     ruid = proc.ruid(stat.pid) if stat.is_alive else None
     if ruid is None:
@@ -322,7 +332,7 @@ def _member(stat: proc.Stat) -> Member | None:
         pid=stat.pid,
         start_ticks=stat.start_ticks,
         ruid=ruid,
-        stopped=stat.is_stopped,
+        stopped=stopped,
         zombie=False,
     )
 

@@ -5,6 +5,7 @@ Sizes are checked here; meaning (does the name exist, may this user) is the engi
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -50,9 +51,19 @@ class Thaw(Struct, frozen=True, kw_only=True):
 
 
 class Swap(Struct, frozen=True, kw_only=True):
-    off: Name | Names
-    on: Name | Names
+    """``off`` and ``on``: one name or a list.
+
+    A single name is checked here: msgspec 0.22 crashes at exit when a pattern stands inside a union.
+    """
+
+    off: str | Names
+    on: str | Names
     force: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (self.off, self.on):
+            if isinstance(name, str) and not re.match(NAME_PATTERN, name):
+                raise ValueError(f"{name!r} is not a name")
 
 
 class Migrate(Struct, frozen=True, kw_only=True):

@@ -107,7 +107,7 @@ METHODS: Final = MappingProxyType(
             result=types.LogsResult,
             access=Access.OWNER,
             idempotent=True,
-            doc="The last lines a process wrote; with `follow`, then one {\"line\": ...} a line.",
+            doc='The last lines a process wrote; with `follow`, then one {"line": ...} a line.',
         ),
         "subscribe": Method(
             params=m.NoParams,

@@ -110,9 +110,7 @@ class UnixServer:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, gid = struct.unpack("3i", raw)
         privileged = uid in (0, os.geteuid()) or self._in_group(sock, gid)
-        return Caller(
-            uid=uid, gid=gid, pid=pid, connection=next(self._ids), privileged=privileged
-        )
+        return Caller(uid=uid, gid=gid, pid=pid, connection=next(self._ids), privileged=privileged)
 
     def _in_group(self, sock: socket.socket, gid: int) -> bool:
         """Whether the peer's own groups, as the kernel knows them, include the configured one."""
