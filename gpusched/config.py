@@ -68,6 +68,8 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
     values: dict[str, Any] = _defaults()
     if chosen is not None:
         values.update(_read_file(chosen))
+    if socket := os.environ.get("GPUSCHED_SOCKET"):  # where this user's clients look
+        values["socket_path"] = socket
     values.update({k: v for k, v in overrides.items() if v is not None})
     unknown = set(values) - {f.name for f in fields(Settings)}
     if unknown:
@@ -79,7 +81,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
 
 def _defaults() -> dict[str, Any]:
     values: dict[str, Any] = {
-        "socket_path": os.environ.get("GPUSCHED_SOCKET", DEFAULT_SOCKET),
+        "socket_path": DEFAULT_SOCKET,
         "passed_on_env": {k: os.environ[k] for k in PASSED_ON if k in os.environ},
     }
     if os.geteuid() != 0:  # an ordinary user's daemon keeps to the user's own directories

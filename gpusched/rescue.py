@@ -36,9 +36,10 @@ def rescue(pid: int) -> dict[str, Any]:
 
 
 async def _rescue(pid: int) -> dict[str, Any]:
+    options = _options(pid)
     with tempfile.TemporaryDirectory(prefix="gpusched-rescue-") as scratch:
         async with asyncio.TaskGroup() as tasks:
-            driver = DriverClient(_options(pid), tasks)
+            driver = DriverClient(options, tasks)
             try:
                 return await _thaw(driver, TreeKeeper(Path(scratch)), pid)
             except errors.GpuschedError as error:

@@ -40,6 +40,11 @@ class SwapResult(TypedDict):
     on: list[ThawResult]
 
 
+class ForkResult(TypedDict):
+    source: str
+    copies: list[str]
+
+
 class KillResult(TypedDict):
     name: str
 

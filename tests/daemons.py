@@ -54,7 +54,7 @@ def request(socket_path: str, method: str, within_s: float = 30.0, **params: Any
 
 
 class PrivateDaemon:
-    """``python -m gpusched daemon --backend sim`` in a directory below /tmp that other users may enter.
+    """``python -m gpusched daemon``, simulated unless said otherwise, in a directory below /tmp that others may enter.
 
     Attributes:
         directory: Holds everything else; short, because a Unix socket's path has at most 107 bytes.
@@ -68,11 +68,13 @@ class PrivateDaemon:
     def __init__(
         self,
         *,
-        gpus: int,
-        vram: str,
+        gpus: int = 1,
+        vram: str = "4G",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        backend: str = "sim",
     ) -> None:
+        simulated = ("--sim-gpus", str(gpus), "--sim-vram", vram) if backend == "sim" else ()
         self.directory = Path(tempfile.mkdtemp(prefix="gs-", dir="/tmp"))
         self.directory.chmod(0o755)
         self.socket = str(self.directory / "s")
@@ -82,7 +84,7 @@ class PrivateDaemon:
         self.log = self.directory / "daemon.log"
         self._command = [
             *(sys.executable, "-m", "gpusched", "-s", self.socket, "daemon"),
-            *("--backend", "sim", "--sim-gpus", str(gpus), "--sim-vram", vram),
+            *("--backend", backend, *simulated),
             *("--state-dir", str(self.state_dir), "--log-dir", str(self.log_dir)),
             *args,
         ]

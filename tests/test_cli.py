@@ -70,9 +70,9 @@ REWARD = {
     "error": "gone\x1b[2J",
 }
 EVENTS: list[dict[str, Any]] = [
-    {"time": "2026-01-02T03:04:05Z", "type": "run", "process": "policy"},
+    {"time": "2026-01-02T03:04:05.000Z", "type": "run", "process": "policy"},
     {
-        "time": "2026-01-02T03:04:06Z",
+        "time": "2026-01-02T03:04:06.000Z",
         "type": "freeze",
         "process": "policy",
         "duration_ms": 812,
@@ -532,6 +532,11 @@ def test_a_hint_says_what_to_do(
     assert rest.startswith("hint: ") and hint in rest
 
 
+def test_a_hint_does_not_say_what_the_error_says_already(daemon: FakeDaemon) -> None:
+    daemon.answers["freeze"] = errors.LeaseHeld("leased; wait or use --force")
+    assert call("freeze", "x").stderr == "error: leased; wait or use --force\n"
+
+
 def test_an_error_cannot_steer_the_terminal(daemon: FakeDaemon) -> None:
     daemon.answers["thaw"] = errors.DriverError("bad\x1b[2Jthing")
     assert call("thaw", "x").stderr == "error: bad [2Jthing\n"
@@ -752,8 +757,8 @@ def test_following_logs_prints_old_and_new_lines(daemon: FakeDaemon) -> None:
 
 
 PLAIN_EVENTS = """\
-2026-01-02T03:04:05Z  run         policy                    -  -
-2026-01-02T03:04:06Z  freeze      policy               812 ms  to ram
+2026-01-02T03:04:05.000Z  run         policy                    -  -
+2026-01-02T03:04:06.000Z  freeze      policy               812 ms  to ram
 """
 
 

@@ -143,6 +143,7 @@ async def test_a_parent_that_waits_for_a_stopped_vfork_child_counts_as_stopped(
     assert [m.stopped for m in members] == [True, True]
     await both.keeper.signal(members, signal.SIGCONT)
     fifo.write_bytes(b"")
+    until(lambda: both.marked() == {main.pid}, "the child has ended")
     until(lambda: state_of(main.pid) == "S", "the parent runs on")
     (member,) = await both.keeper.members(order.tree_id, main)
     assert not member.stopped

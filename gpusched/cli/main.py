@@ -37,6 +37,13 @@ COMMANDS: Final[dict[str, str]] = {
     "completion": "completion",
 }
 
+#: Error code -> the option that helps, where the command has it, and what it does.
+_HINTS: Final = {
+    "lease_held": ("force", "does it all the same"),
+    "insufficient_gpu_memory": ("evict", "freezes evictable processes on that GPU first"),
+    "already_exists": ("name", "gives another name; `gpusched kill` frees the old one"),
+}
+
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 
@@ -94,15 +101,12 @@ class Program(click.Group):
         """What to do about ``error``: what the daemon suggests, else the option that the command has for it."""
         if "hint" in error.details:
             return str(error.details["hint"])
+        option, text = _HINTS.get(error.code, ("", ""))
         command = self.get_command(ctx, ctx.invoked_subcommand or "")
-        options = {param.name for param in command.params} if command else set()
-        if error.code == "lease_held" and "force" in options:
-            return "--force does it all the same; `gpusched status` shows who is leased"
-        if error.code == "insufficient_gpu_memory" and "evict" in options:
-            return "--evict freezes evictable processes on that GPU first"
-        if error.code == "already_exists" and ctx.invoked_subcommand == "run":
-            return "choose another name with --name, or end the old one with `gpusched kill`"
-        return None
+        known = {param.name for param in command.params} if command else set()
+        # The daemon's own text often names the option already.
+        fits = option in known and f"--{option}" not in error.message
+        return f"--{option} {text}" if fits else None
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:

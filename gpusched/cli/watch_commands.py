@@ -143,7 +143,7 @@ def _print_event(event: dict[str, Any], as_json: bool) -> None:
         return
     duration = f"{event['duration_ms']} ms" if "duration_ms" in event else "-"
     fields = (
-        f"{event['time']:<20}",
+        f"{event['time']:<24}",
         f"{event['type']:<10}",
         f"{event.get('process') or '-':<16}",
         f"{duration:>9}",

@@ -62,10 +62,8 @@ class Exchanges:
         op.exchange = Exchange(
             off=tuple(p.tree_id for p in off), on={p.tree_id: gpu_map for p, gpu_map in on}
         )
-        if off or on:
-            self._survey(op)
-        else:
-            self._core.reply(op, result=self._complete(op))
+        # Also where nothing is to be done: the result says how much VRAM an active process has.
+        self._survey(op)
 
     def _sides(
         self, op: Operation, processes: Sequence[Process]
@@ -148,7 +146,11 @@ class Exchanges:
         """Decides by the facts: orders, a second survey with victims, or a refusal. Nothing was touched before."""
         if facts.error is not None:
             raise facts.error
+        self._note_vram(op, facts)
         off, on = self._members(op)
+        if not off and not on:
+            self._core.reply(op, result=self._complete(op))
+            return
         force = getattr(op.params, "force", False)
         for process in off:
             admission.require_healthy_tree(process, facts.trees[process.tree_id])
@@ -170,12 +172,16 @@ class Exchanges:
             return
         op.promise = admission.promise_for(off, on, facts)
         op.before = {t: self._core.node.processes[t].state for t in op.tree_ids}
-        for process in off:
-            if held := admission.held_now(process, facts):
-                gpus = tuple(sorted(held)) if process.adopted else process.gpus
-                self._core.put(replace(process, vram=held, gpus=gpus))
         assert op.exchange is not None
         self._carry_out(op, op.exchange.start())
+
+    def _note_vram(self, op: Operation, facts: Surveyed) -> None:
+        """Keeps what the active trees hold: it is what a thaw will need, and what the result says."""
+        for tree_id in op.tree_ids:
+            process = self._core.node.processes[tree_id]
+            if process.state is _S.ACTIVE and (held := admission.held_now(process, facts)):
+                gpus = tuple(sorted(held)) if process.adopted else process.gpus
+                self._core.put(replace(process, vram=held, gpus=gpus))
 
     def _make_room(
         self,

@@ -11,6 +11,7 @@ the whole journal unreadable, and recovery goes by the supervisors' own records 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import zlib
@@ -137,39 +138,40 @@ class FileJournal:
 
     def _write(self, data: bytes) -> None:
         try:
-            written = os.write(self._fd, data)
-            if written != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._cut()
+            _write_whole(self._fd, data)
             os.fdatasync(self._fd)
         except OSError as error:
-            os.ftruncate(self._fd, self._size)  # never leave half a record before the next one
+            with contextlib.suppress(OSError):  # then the next append cuts it off
+                self._cut()
             raise self._mapped(error) from error
         self._size += len(data)
+
+    def _cut(self) -> None:
+        """Never leaves half a record before the next one."""
+        if os.fstat(self._fd).st_size != self._size:
+            os.ftruncate(self._fd, self._size)
 
     def _replace(self, data: bytes) -> None:
         fresh = self._path.with_suffix(".new")
         try:
-            fd = os.open(
-                fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
-            try:
-                if os.write(fd, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with contextlib.ExitStack() as undo:
+                undo.callback(fresh.unlink, missing_ok=True)  # on a full disk its bytes are missed
+                fd = os.open(
+                    fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+                )
+                undo.callback(os.close, fd)
+                _write_whole(fd, data)
                 os.fsync(fd)
                 fresh.rename(self._path)
-            except OSError:
-                os.close(fd)
-                raise
-            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+                undo.pop_all()
+            # From here on this is the journal, whatever else fails: appends must not go to a file without a name.
+            old, self._fd, self._size = self._fd, fd, len(data)
+            if old >= 0:
+                os.close(old)
+            _sync_directory(self._path.parent)
         except OSError as error:
             raise self._mapped(error) from error
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._size = fd, len(data)
 
     def _mapped(self, error: OSError) -> errors.InsufficientDisk:
         return errors.InsufficientDisk(
@@ -177,3 +179,16 @@ class FileJournal:
             "Nothing was changed.",
             {"path": str(self._path), "errno": error.errno},
         )
+
+
+def _write_whole(fd: int, data: bytes) -> None:
+    if os.write(fd, data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

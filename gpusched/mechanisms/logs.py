@@ -18,6 +18,8 @@ from gpusched import errors
 MAX_BYTES: Final = 16 * 1024 * 1024
 BLOCK_BYTES: Final = 64 * 1024
 FOLLOW_INTERVAL_S: Final = 0.1
+#: A line that does not end is followed in pieces of this size.
+MAX_LINE_BYTES: Final = 1024 * 1024
 
 
 def _open(path: str, uid: int) -> int:
@@ -35,63 +37,70 @@ def _open(path: str, uid: int) -> int:
     return fd
 
 
-def _tail(path: str, uid: int, count: int | None) -> tuple[list[str], int]:
+def _tail(path: str, uid: int, count: int | None, *, only_whole: bool) -> tuple[list[str], int]:
     """The last ``count`` lines (None: all that fit into MAX_BYTES) and the offset after them."""
     fd = _open(path, uid)
     try:
-        end = os.fstat(fd).st_size
-        start = end
-        data = b""
+        start = end = os.fstat(fd).st_size
+        blocks: list[bytes] = []
+        newlines = 0
         while start > 0 and end - start < MAX_BYTES:
-            if count is not None and data.count(b"\n") > count:
+            if count is not None and newlines > count:
                 break
             size = min(BLOCK_BYTES, start)
             start -= size
-            data = os.pread(fd, size, start) + data
-        text = data.decode(errors="replace")
+            blocks.append(os.pread(fd, size, start))
+            newlines += blocks[-1].count(b"\n")
     finally:
         os.close(fd)
-    lines = text.split("\n")
-    if lines[-1] == "":
+    lines = b"".join(reversed(blocks)).split(b"\n")
+    if only_whole:
+        end -= len(lines[-1])
+        lines[-1] = b""
+    if lines[-1] == b"":
         lines.pop()
+    if start > 0 and len(lines) > 1:
+        del lines[0]  # its beginning was not read
     if count is not None:
         lines = lines[-count:]
-    return lines, end
+    return [line.decode(errors="replace") for line in lines], end
 
 
-async def tail(path: str, uid: int, count: int) -> tuple[list[str], int]:
-    """The last ``count`` lines of a log (0: 50, negative: all) and the offset behind them. Reads on a thread."""
+async def tail(path: str, uid: int, count: int, *, only_whole: bool) -> tuple[list[str], int]:
+    """The last ``count`` lines of a log (0: 50, negative: all) and the offset behind them. Reads on a thread.
+
+    ``only_whole``: a line that is still being written is left to ``follow``. Raises NotFound, PermissionDenied.
+    """
     wanted = None if count < 0 else (count or 50)
-    return await asyncio.to_thread(_tail, path, uid, wanted)
-
-
-def _read_from(path: str, uid: int, offset: int) -> bytes:
-    fd = _open(path, uid)
-    try:
-        return os.pread(fd, BLOCK_BYTES, offset)
-    finally:
-        os.close(fd)
+    return await asyncio.to_thread(_tail, path, uid, wanted, only_whole=only_whole)
 
 
 async def follow(
     path: str, uid: int, offset: int, is_over: Callable[[], bool]
 ) -> AsyncIterator[str]:
-    """Each complete line that is written after ``offset``, until ``is_over()`` and all has been read."""
+    """Each complete line that is written after ``offset``, until ``is_over()`` and all has been read.
+
+    The file is opened once: whatever takes its name later is not read. Raises NotFound, PermissionDenied.
+    """
+    fd = await asyncio.to_thread(_open, path, uid)
     partial = b""
-    while True:
-        over = is_over()  # asked before reading: what was written until then is still delivered
-        data = await asyncio.to_thread(_read_from, path, uid, offset)
-        offset += len(data)
-        *lines, partial = (partial + data).split(b"\n")
-        for line in lines:
-            yield line.decode(errors="replace")
-        if len(partial) > MAX_BYTES:
-            yield partial.decode(errors="replace")
-            partial = b""
-        if data:
-            continue
-        if over:
-            if partial:
+    try:
+        while True:
+            over = is_over()  # asked before reading: what was written until then is still delivered
+            data = await asyncio.to_thread(os.pread, fd, BLOCK_BYTES, offset)
+            offset += len(data)
+            *lines, partial = (partial + data).split(b"\n")
+            for line in lines:
+                yield line.decode(errors="replace")
+            if len(partial) >= MAX_LINE_BYTES:
                 yield partial.decode(errors="replace")
-            return
-        await asyncio.sleep(FOLLOW_INTERVAL_S)
+                partial = b""
+            if data:
+                continue
+            if over:
+                break
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+        if partial:
+            yield partial.decode(errors="replace")
+    finally:
+        os.close(fd)

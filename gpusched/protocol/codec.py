@@ -27,8 +27,12 @@ class LineBuffer:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The complete lines so far, without newlines. Raises LineTooLong; the buffer is then unusable."""
-        self._partial += data
-        *lines, rest = self._partial.split(b"\n")
+        if b"\n" not in data:  # the rest of a long line: not searched again for each piece
+            self._partial += data
+            if self._limit is not None and len(self._partial) >= self._limit:
+                raise LineTooLong
+            return []
+        *lines, rest = (self._partial + data).split(b"\n")
         if self._limit is not None and any(len(part) >= self._limit for part in (*lines, rest)):
             raise LineTooLong
         self._partial = rest

@@ -123,7 +123,7 @@ METHODS: Final = MappingProxyType(
         ),
         "fork": Method(
             params=m.Fork,
-            result=types.RunResult,
+            result=types.ForkResult,
             access=Access.OWNER,
             doc="Not available yet: answers `unsupported`.",
         ),

@@ -7,15 +7,18 @@ The daemon never dies of input: every line gets one answer, whatever is in it. A
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import grp
 import itertools
 import json
 import logging
+import math
 import os
 import socket
+import stat
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +27,9 @@ import msgspec
 from gpusched import errors
 from gpusched.engine.engine import Engine
 from gpusched.engine.events import ConnectionClosed
-from gpusched.engine.model import Caller, Process
+from gpusched.engine.model import Caller
 from gpusched.protocol import messages as m
-from gpusched.protocol.codec import LineBuffer, LineTooLong, encode
+from gpusched.protocol.codec import LineBuffer, LineTooLong
 from gpusched.protocol.methods import METHODS
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,10 @@ CONNECTIONS_PER_UID: Final = 256
 #: A client that does not read its answers for this long is cut off.
 WRITE_TIMEOUT_S: Final = 60.0
 EVENT_QUEUE: Final = 1000
-
-Follower = Callable[[Process, int], AsyncIterator[str]]
+#: What a client may want echoed; anything nested would only be a way to send ourselves into the deep.
+_Id = str | int | float | None
+_SO_PEERGROUPS: Final = 59  # not named by the socket module
+_MAX_GROUPS: Final = 65536
 
 
 class LogReader:
@@ -55,6 +60,7 @@ class UnixServer:
         self._engine = engine
         self._path = path
         self._group = group
+        self._gid: int | None = None
         self._logs = logs
         self._ids = itertools.count(1)
         self._per_uid: Counter[int] = Counter()
@@ -62,7 +68,11 @@ class UnixServer:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listens. A path that another live daemon serves is refused; a left-over socket is replaced."""
+        """Listens. A path that another live daemon serves is refused; a left-over socket is replaced.
+
+        Raises Unavailable, and InvalidRequest for a path or a group that cannot be.
+        """
+        self._gid = gid_of(self._group)
         self._server = await asyncio.start_unix_server(
             self._accept, sock=bind(self._path), backlog=512
         )
@@ -82,8 +92,8 @@ class UnixServer:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
         caller = self._caller(writer)
+        self._connections.add(task)
         self._per_uid[caller.uid] += 1
         try:
             if self._per_uid[caller.uid] > CONNECTIONS_PER_UID and not caller.privileged:
@@ -94,7 +104,8 @@ class UnixServer:
                 return
             await self._converse(reader, writer, caller)
         except (ConnectionError, TimeoutError):
-            pass  # the client is gone, or does not read
+            # The client is gone, or does not read: what it has not taken must not keep the connection open.
+            writer.transport.abort()
         except asyncio.CancelledError:
             pass  # the daemon is closing
         finally:
@@ -109,21 +120,9 @@ class UnixServer:
         sock: socket.socket = writer.get_extra_info("socket")
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, gid = struct.unpack("3i", raw)
-        privileged = uid in (0, os.geteuid()) or self._in_group(sock, gid)
+        is_member = self._gid is not None and (self._gid == gid or self._gid in peer_groups(sock))
+        privileged = uid in (0, os.geteuid()) or is_member
         return Caller(uid=uid, gid=gid, pid=pid, connection=next(self._ids), privileged=privileged)
-
-    def _in_group(self, sock: socket.socket, gid: int) -> bool:
-        """Whether the peer's own groups, as the kernel knows them, include the configured one."""
-        if self._group is None:
-            return False
-        try:
-            wanted = grp.getgrnam(self._group).gr_gid
-        except KeyError:
-            return False
-        peer_groups = 59  # SO_PEERGROUPS, which the socket module does not name
-        raw = sock.getsockopt(socket.SOL_SOCKET, peer_groups, 4 * 65536)
-        groups = struct.unpack(f"{len(raw) // 4}i", raw)
-        return wanted == gid or wanted in groups
 
     async def _converse(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, caller: Caller
@@ -150,14 +149,19 @@ class UnixServer:
         """Answers one line; False when the connection has become a stream that has ended."""
         self._engine.count_request()
         echo: dict[str, Any] = {}
+        streaming = False
         try:
             request = parse(line)
             if "id" in request:
                 echo = {"id": request["id"]}
+            require_method(request)
             name, params = request["method"], convert(request)
             if isinstance(params, m.Logs):
-                return await self._serve_logs(params, writer, caller, echo)
+                streaming = params.follow
+                await self._serve_logs(params, reader, writer, caller, echo)
+                return not streaming
             if name == "subscribe":
+                streaming = True
                 await self._stream_events(reader, writer, echo)
                 return False
             if name == "status":
@@ -174,7 +178,7 @@ class UnixServer:
             await self._send(writer, {**errors.to_wire(internal), **echo})
         else:
             await self._send(writer, {"ok": True, "result": result, **echo})
-        return True
+        return not streaming
 
     async def _send(self, writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
         writer.write(encode(message))
@@ -186,29 +190,31 @@ class UnixServer:
     async def _serve_logs(
         self,
         params: m.Logs,
+        reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         caller: Caller,
         echo: dict[str, Any],
-    ) -> bool:
+    ) -> None:
         process = self._engine.process_for(params.name, caller)
         if process.log_path is None:
             raise errors.NotFound(
                 f"{process.name} was adopted: its output goes where it went before, not to a log of ours"
             )
-        lines, offset = await self._logs.tail(process.log_path, process.uid, params.lines)
+        lines, offset = await self._logs.tail(
+            process.log_path, process.uid, params.lines, only_whole=params.follow
+        )
         result = {"name": process.name, "lines": lines, "output": "\n".join(lines)}
         await self._send(writer, {"ok": True, "result": result, **echo})
         if not params.follow:
-            return True
+            return
         node, tree_id = self._engine.core.node, process.tree_id
 
         def is_over() -> bool:
             now = node.processes.get(tree_id)
             return now is None or now.exit is not None
 
-        async for line in self._logs.follow(process.log_path, process.uid, offset, is_over):
-            await self._send(writer, {"line": line})
-        return False
+        written = self._logs.follow(process.log_path, process.uid, offset, is_over)
+        await self._stream(reader, writer, ({"line": line} async for line in written))
 
     async def _stream_events(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, echo: dict[str, Any]
@@ -217,22 +223,35 @@ class UnixServer:
         events = self._engine.core.events
         queue: asyncio.Queue[Any] = asyncio.Queue(maxsize=EVENT_QUEUE)
         events.listeners.add(queue)
-        hang_up = asyncio.ensure_future(until_closed(reader))
-        following: asyncio.Future[Any] | None = None
         try:
             status = await self._engine.status()
             await self._send(writer, {"ok": True, "result": status, **echo})
-            while not hang_up.done():
-                following = asyncio.ensure_future(queue.get())
-                await asyncio.wait((hang_up, following), return_when=asyncio.FIRST_COMPLETED)
-                if not following.done() or (event := following.result()) is None:
-                    return
-                await self._send(writer, event)
+            await self._stream(reader, writer, until_none(queue))
         finally:
             events.listeners.discard(queue)
+
+    async def _stream(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        items: AsyncIterator[dict[str, Any]],
+    ) -> None:
+        """Sends ``items`` until there are no more or the client hangs up, even if nothing is ever to be sent."""
+
+        async def send_all() -> None:
+            async for item in items:
+                await self._send(writer, item)
+
+        sending = asyncio.ensure_future(send_all())
+        hang_up = asyncio.ensure_future(until_closed(reader))
+        try:
+            await asyncio.wait((sending, hang_up), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()  # raises what ended it
+        finally:
+            sending.cancel()
             hang_up.cancel()
-            if following is not None:
-                following.cancel()
+            await asyncio.gather(sending, hang_up, return_exceptions=True)
 
 
 async def until_closed(reader: asyncio.StreamReader) -> None:
@@ -241,21 +260,52 @@ async def until_closed(reader: asyncio.StreamReader) -> None:
         pass
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """A request line as an object with a known method. Raises InvalidRequest."""
+async def until_none(queue: asyncio.Queue[Any]) -> AsyncIterator[dict[str, Any]]:
+    while (item := await queue.get()) is not None:
+        yield item
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """One message as one line, newline included; ten times as fast as the SDK's, for ``status`` is asked often."""
     try:
-        request = json.loads(line)
+        return msgspec.json.encode(message) + b"\n"
+    except (UnicodeEncodeError, OverflowError, TypeError):
+        # Half a surrogate pair or a huge integer, which a client sent and wants back.
+        return json.dumps(message, default=str).encode() + b"\n"
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """A request line as an object whose ``id``, if any, can be echoed. Raises InvalidRequest."""
+    try:
+        request = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise errors.InvalidRequest(f"not JSON: {error}") from None
     if not isinstance(request, dict):
         raise errors.InvalidRequest("a request is a JSON object with a method")
+    if not isinstance(request.get("id"), _Id):
+        raise errors.InvalidRequest("id must be a string or a number")
+    return request
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
+
+
+def require_method(request: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a method that is not there."""
     method = request.get("method")
     if not isinstance(method, str) or method not in METHODS:
-        shown = json.dumps(method)[:80]
+        shown = json.dumps(method)[:80] if isinstance(method, _Id) else "that is no string"
         raise errors.InvalidRequest(
             f"unknown method {shown}; there are {', '.join(sorted(METHODS))}"
         )
-    return request
 
 
 def convert(request: dict[str, Any]) -> msgspec.Struct:
@@ -267,11 +317,34 @@ def convert(request: dict[str, Any]) -> msgspec.Struct:
         raise errors.InvalidRequest(f"{request['method']}: {error}") from None
 
 
+def gid_of(group: str | None) -> int | None:
+    """The configured group's number. Raises InvalidRequest when there is none of that name."""
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise errors.InvalidRequest(
+            f"there is no group {group!r}; make it (groupadd {group}) or start without --group"
+        ) from None
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups that the peer had when it connected, as the kernel knows them. Raises OSError."""
+    found = (ctypes.c_uint32 * _MAX_GROUPS)()
+    size = ctypes.c_uint32(ctypes.sizeof(found))
+    # socket.getsockopt() takes 1024 bytes at most: 256 groups.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, found, ctypes.byref(size)):
+        raise OSError(ctypes.get_errno(), "getsockopt(SO_PEERGROUPS)")
+    return tuple(found[: size.value // 4])
+
+
 def bind(path: Path) -> socket.socket:
     """A bound socket that every user may connect to (who they are decides what they may do).
 
-    Raises Unavailable when a live daemon serves the path. In a world-writable directory any user may have put
-    something there; what does not answer as root or as us is removed.
+    Raises Unavailable when a live daemon serves the path. In a world-writable directory any user may have put a
+    socket or a link there: what does not answer as root or as us is removed. Anything else is somebody's file.
     """
     if len(os.fsencode(path)) > 107:
         raise errors.InvalidRequest(f"the socket path is longer than 107 bytes: {path}")
@@ -279,17 +352,33 @@ def bind(path: Path) -> socket.socket:
         raise errors.Unavailable(
             f"a daemon serves {path} already; stop it, or choose another with --socket"
         )
-    path.unlink(missing_ok=True)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o111)
     try:
+        remove_stale(path)
         server.bind(str(path))
     except OSError as error:
         server.close()
-        raise errors.Unavailable(f"cannot listen at {path}: {error.strerror}") from error
+        raise errors.Unavailable(
+            f"cannot listen at {path}: {error.strerror}; choose another path with --socket"
+        ) from error
+    except BaseException:
+        server.close()
+        raise
     finally:
         os.umask(old)
     return server
+
+
+def remove_stale(path: Path) -> None:
+    """Raises Unavailable for what is neither a socket nor a link, OSError for what is not ours to remove."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
+        raise errors.Unavailable(f"{path} is not a socket; it was left as it is")
+    path.unlink()
 
 
 def owner_answers(path: Path) -> bool:
