@@ -12,10 +12,10 @@ PYTEST := $(BIN)/python -m pytest
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check soak bench docs format clean
+.PHONY: help venv demo test check soak bench docs format install uninstall clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## set up .venv with everything that development needs
 
@@ -58,6 +58,13 @@ docs: $(READY) ## regenerate the documents that are made from the code
 format: $(READY) ## format the code and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# No .venv for these two: install.sh makes an environment of its own and leaves nothing of root's here.
+install: ## install for all users of this machine, as root (ARGS=--no-driver-check; see ./install.sh --help)
+	@./install.sh $(ARGS)
+
+uninstall: ## take it away again, as root; configuration, state and logs stay
+	@./install.sh --uninstall $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

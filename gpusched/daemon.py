@@ -33,6 +33,7 @@ from gpusched.mechanisms import logs
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.host import ProcHost
+from gpusched.mechanisms.notify import notify
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.mechanisms.users import SystemUsers
 from gpusched.ports import Description
@@ -43,6 +44,9 @@ log = logging.getLogger("gpusched.daemon")
 
 #: How long running operations may take to end at a shutdown; systemd's own default is 90 s.
 SHUTDOWN_TIMEOUT_S: Final = 80.0
+#: How long the helper may take to end after that. It finishes its calls in any case, and the next daemon waits for it.
+HELPER_END_S: Final = 3.0
+OLD_HELPERS_S: Final = 120.0
 DEFAULT_RAM_SHARE: Final = 0.8
 
 
@@ -90,8 +94,9 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
     trees = TreeKeeper(settings.state_dir)
     backend = "sim" if settings.backend == "sim" else "cuda"
-    driver = DriverClient(_driver_options(settings, backend), tasks)
-    description = await driver.describe()
+    mark = await _after_old_helpers(settings.state_dir)
+    driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
+    description = await _describe(driver, settings, backend)
     limits = _limits(settings, host.ram().total_bytes, backend)
 
     path = settings.state_dir / "journal"
@@ -113,8 +118,10 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     for note in recover.notes:
         engine.core.events.emit("recovery", detail=note)
     _announce(settings, description, len(processes))
+    notify("READY=1")
     await stop.wait()
 
+    notify("STOPPING=1")
     log.info("stopping; managed processes live on")
     try:
         await engine.close(SHUTDOWN_TIMEOUT_S)
@@ -124,8 +131,54 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
         )
     await server.close()
     driver.close()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HELPER_END_S):
+            await driver.wait_closed()
     journal.close()
     trees.close()
+
+
+async def _describe(driver: DriverClient, settings: Settings, backend: str) -> Description:
+    """What the driver says of itself. Without one that can serve, the error says what the doctor found."""
+    try:
+        return await driver.describe()
+    except errors.Unsupported as error:
+        if backend == "sim":
+            raise
+        from gpusched.doctor.examine import why_no_driver
+        from gpusched.doctor.readings import Subject
+
+        subject = Subject(
+            allow_old_driver=settings.allow_old_driver,
+            socket_path=settings.socket_path,
+            state_dir=settings.state_dir,
+        )
+        why = await asyncio.to_thread(why_no_driver, subject)
+        raise errors.Unsupported(f"{error}\n{why}".strip(), error.details) from error
+
+
+async def _after_old_helpers(state_dir: Path) -> int:
+    """Waits until no driver helper of an earlier daemon works any more, at most OLD_HELPERS_S.
+
+    What such a helper was told before its daemon died still happens: a lock that waits for its turn does not show in
+    the driver's states, and would come on top of whatever recovery decides by them. Every helper shares the lock on
+    the descriptor that this returns, and the kernel drops it when the last of them ends.
+    """
+    fd = os.open(state_dir / "helpers.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = asyncio.get_running_loop().time() + OLD_HELPERS_S
+    while asyncio.get_running_loop().time() < deadline:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            await asyncio.sleep(0.02)
+    else:
+        log.error(
+            "a driver helper of an earlier daemon has not ended in %.0f s; going on", OLD_HELPERS_S
+        )
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
 
 
 def _remember(path: Path, backend: str) -> recovery.Remembered:

@@ -7,17 +7,20 @@ Does not cover: the daemon's own life (``daemons.py``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from daemons import PrivateDaemon, request, wait_until
+import pytest
+
+from daemons import ROOT, PrivateDaemon, request, wait_until
 from gpusched.mechanisms.sim.driver import SimDriver
 from gpusched.ports import DriverState
 
@@ -209,6 +212,29 @@ with socket.socket(socket.AF_UNIX) as connection:
 """
 
 
+@functools.cache
+def others_python() -> str:
+    """An interpreter of this version that every user may execute; the test is skipped where there is none."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        with contextlib.suppress(OSError):
+            if run_as(ALICE, [candidate, "-c", "import gpusched.daemon, msgspec, click"]).returncode == 0:
+                return candidate
+    pytest.skip(f"no {version} that other users may execute")
+
+
+def others_env() -> dict[str, str]:
+    """What lets ``others_python`` import this checkout and its dependencies."""
+    paths = (str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(dict.fromkeys(paths))}
+
+
+def others_workload(vram: str = "8M", *extra: str) -> dict[str, Any]:
+    """The parameters of a ``run`` by another user."""
+    cmd = [others_python(), *workload(vram, *extra)[1:]]
+    return {"cmd": cmd, "env": others_env(), "dir": "/"}
+
+
 def run_as(
     uid: int,
     argv: Sequence[str],
@@ -223,7 +249,7 @@ def run_as(
         user=uid,
         group=uid,
         extra_groups=list(groups),
-        env={"PATH": os.environ["PATH"], **(env or {})},
+        env=others_env() | (env or {}),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -233,11 +259,11 @@ def run_as(
 
 
 def ask_as(
-    uid: int, path: str, method: str, *, groups: Sequence[int] = (), **params: Any
+    uid: int, path: str, method: str, /, *, groups: Sequence[int] = (), **params: Any
 ) -> dict[str, Any]:
     """One raw request from a process of another user; the whole answer."""
     line = json.dumps({"method": method, "params": params})
-    done = run_as(uid, [sys.executable, "-I", "-S", "-c", _ASK, path, line], groups=groups)
+    done = run_as(uid, [others_python(), "-I", "-S", "-c", _ASK, path, line], groups=groups)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

@@ -76,7 +76,10 @@ def test_a_gpu_that_nobody_reports_has_nothing_free() -> None:
 
 @given(need=SIZES, free=SIZES, promises=PROMISES, held=HELD)
 def test_what_is_let_through_fits_even_when_every_promise_is_taken(
-    need: dict[str, int], free: dict[str, int], promises: list[Promise], held: dict[str, dict[str, int]]
+    need: dict[str, int],
+    free: dict[str, int],
+    promises: list[Promise],
+    held: dict[str, dict[str, int]],
 ) -> None:
     short = {s.gpu: s for s in vram_shortages(need=need, free=free, promises=promises, held=held)}
     for gpu, size in need.items():
@@ -91,7 +94,10 @@ def test_what_is_let_through_fits_even_when_every_promise_is_taken(
 
 @given(need=SIZES, free=SIZES, promises=PROMISES, held=HELD)
 def test_one_more_promise_never_makes_room(
-    need: dict[str, int], free: dict[str, int], promises: list[Promise], held: dict[str, dict[str, int]]
+    need: dict[str, int],
+    free: dict[str, int],
+    promises: list[Promise],
+    held: dict[str, dict[str, int]],
 ) -> None:
     def missing(kept: list[Promise]) -> dict[str, int]:
         found = vram_shortages(need=need, free=free, promises=kept, held=held)

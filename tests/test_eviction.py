@@ -15,7 +15,11 @@ def candidate(name: str, used_s: float, **vram: int) -> Candidate:
     return Candidate(tree_id=name, last_used_unix_s=used_s, vram=vram)
 
 
-OLD, MID, NEW = candidate("old", 1, g0=4), candidate("mid", 2, g0=8), candidate("new", 3, g0=4, g1=4)
+OLD, MID, NEW = (
+    candidate("old", 1, g0=4),
+    candidate("mid", 2, g0=8),
+    candidate("new", 3, g0=4, g1=4),
+)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,11 @@ class World:
             assert lost or any(o.is_undo for o in failed), "called lost, and nothing was"
         # What was frozen for the exchange and has its copy in RAM was at least asked to come back.
         if exchange.outcome is not DONE:
-            went = {o.tree_id for o, out in self.log if not o.is_undo and o.move is Move.FREEZE and out is DONE}
+            went = {
+                o.tree_id
+                for o, out in self.log
+                if not o.is_undo and o.move is Move.FREEZE and out is DONE
+            }
             asked = {o.tree_id for o, _ in self.log if o.is_undo and o.move is Move.THAW}
             assert went == asked
 

@@ -89,7 +89,9 @@ def test_a_damaged_byte_never_changes_what_is_read() -> None:
                 continue
             lost = 0 if found == RECORDS else 2 if position == last - 1 else 1
             assert found == RECORDS[: len(RECORDS) - lost], f"byte {position} ^ {change:#x}"
-            assert not lost or position >= last - 1  # the line break before the last record, or that itself
+            assert (
+                not lost or position >= last - 1
+            )  # the line break before the last record, or that itself
 
 
 @given(data=st.binary(max_size=200))
@@ -198,7 +200,7 @@ def test_after_a_rewrite_that_failed_anywhere_appends_reach_the_journal(
     path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     journal = opened(path, {"n": 0})
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with monkeypatch.context() as patch:
         _break(patch, call)
         with pytest.raises(errors.InsufficientDisk):
@@ -206,7 +208,7 @@ def test_after_a_rewrite_that_failed_anywhere_appends_reach_the_journal(
     asyncio.run(journal.append({"n": 1}))
     assert read(path)[-1] == {"n": 1}
     assert [p.name for p in path.parent.iterdir()] == ["journal"]
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     journal.close()
 
 

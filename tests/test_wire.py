@@ -20,7 +20,7 @@ AGE = re.compile(r"(\d+[dhms])+")
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[PrivateDaemon]:
-    with running(gpus=2, vram="64M") as daemon:
+    with running(gpus=2, vram="12M") as daemon:
         yield daemon
 
 
@@ -189,6 +189,8 @@ def test_unknown_parameters_and_fields_are_ignored(line: Line) -> None:
         ("freeze", {"name": 1}),
         ("freeze", {"name": None}),
         ("freeze", {"name": "idle", "force": 1}),
+        ("freeze", {"name": "\ud800"}),
+        ("run", {"name": "x", "cmd": ["\ud800"]}),
         ("freeze", {"name": "idle", "force": "yes"}),
         ("freeze", []),
         ("freeze", "idle"),
@@ -334,12 +336,12 @@ def test_a_line_of_a_mebibyte_is_one_error_and_may_end_the_connection(
 
 @pytest.fixture
 def models(daemon: PrivateDaemon) -> Iterator[None]:
-    """Policy and reward, 40 MiB each: together more than GPU 0 has. Policy is active."""
+    """Policy and reward, 8 MiB each: together more than GPU 0 has. Policy is active."""
     sdk = original_sdk.GpuSched(daemon.socket)
-    sdk.run("reward", workload("40M", "--seed", "2"), gpu=0)
+    sdk.run("reward", workload("8M", "--seed", "2"), gpu=0)
     sdk.wait_ready("reward", poll=0.05)
     sdk.freeze("reward")
-    sdk.run("policy", workload("40M", "--seed", "1"), gpu=0)
+    sdk.run("policy", workload("8M", "--seed", "1"), gpu=0)
     sdk.wait_ready("policy", poll=0.05)
     yield
     for model in ("policy", "reward"):
@@ -378,7 +380,7 @@ def test_raw_lines_run_the_original_loop(daemon: PrivateDaemon, line: Line, soak
 @pytest.mark.usefixtures("models")
 def test_the_original_sdk_is_told_why_a_thaw_does_not_fit(daemon: PrivateDaemon) -> None:
     sdk = original_sdk.GpuSched(daemon.socket)
-    with pytest.raises(RuntimeError, match=r"reward needs 40 MiB on GPU 0; 24 MiB would be free"):
+    with pytest.raises(RuntimeError, match=r"reward needs 8 MiB on GPU 0; 4 MiB would be free"):
         sdk.thaw("reward")
     assert state(daemon, "reward") == "frozen"
-    assert sdk.gpu_free_mb(0) == 24
+    assert sdk.gpu_free_mb(0) == 4

@@ -33,6 +33,7 @@ COMMANDS: Final[dict[str, str]] = {
     "logs": "watch_commands",
     "events": "watch_commands",
     "daemon": "node_commands",
+    "doctor": "doctor_command",
     "rescue": "node_commands",
     "completion": "completion",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def permutation(
@@ -25,3 +25,17 @@ def permutation(
     vacated = [g for g in gpus if g in mapping and g not in mapping.values()]
     mapping.update(zip(displaced, vacated, strict=True))
     return {gpu: mapping.get(gpu, gpu) for gpu in gpus}
+
+
+def onward(
+    moved: Mapping[str, str] | None, wanted: Mapping[str, str] | None
+) -> dict[str, str] | None:
+    """The map that takes contents to where ``wanted`` sends them from home, when ``moved`` took them away before.
+
+    Both are full permutations or None (nobody moves), and so is the result.
+    """
+    found = {
+        (moved or {}).get(gpu, gpu): (wanted or {}).get(gpu, gpu)
+        for gpu in (*(moved or ()), *(wanted or ()))
+    }
+    return found if any(source != target for source, target in found.items()) else None

@@ -130,7 +130,8 @@ def shortages(
     free = {uuid: memory.free_bytes for uuid, memory in facts.usage.gpus.items()}
     return vram_shortages(
         need=need_of(on),
-        free=add(free, *(held_now(p, facts) for p in off)),
+        # What goes off gives its room, and what could not be taken back may have some of its own already.
+        free=add(free, *(held_now(p, facts) for p in (*off, *(p for p, _ in on)))),
         promises=promises,
         held=facts.held,
     )

@@ -19,7 +19,7 @@ from typing import Any, Final
 from gpusched import errors, types
 from gpusched.domain.capacity import Promise
 from gpusched.domain.states import ProcState, Trigger
-from gpusched.engine.events import Event, Exited, Recorded
+from gpusched.engine.events import Broke, Event, Exited, Recorded
 from gpusched.engine.model import Node, Operation, Process, to_record
 from gpusched.engine.moves import Mover
 from gpusched.engine.survey import Sampler, Surveyor
@@ -123,8 +123,19 @@ class Core:
     def post(self, event: Event) -> None:
         self.queue.put_nowait(event)
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        return self._tasks.create_task(work, name=name)
+    def spawn(
+        self, work: Coroutine[Any, Any, None], name: str, op_id: str | None = None
+    ) -> asyncio.Task[None]:
+        """Starts ``work``; when it ends by a defect, the operation ``op_id`` ends with it, and nothing else does."""
+        return self._tasks.create_task(self._contain(work, op_id), name=name)
+
+    async def _contain(self, work: Coroutine[Any, Any, None], op_id: str | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            log.exception("a task failed op=%s", op_id)
+            if op_id is not None:
+                self.post(Broke(op_id=op_id, error=error))
 
     def new_op_id(self) -> str:
         return f"op-{next(self._op_ids)}"
@@ -213,7 +224,7 @@ class Core:
         """Ends ``op`` after its outcome is on disk: what a client is told survives a crash of the daemon."""
         op.error = error
         records = [*self.records_of(op.tree_ids), {"op_end": op.op_id}]
-        self.spawn(self._record(op, result, records), f"record-{op.op_id}")
+        self.spawn(self._record(op, result, records), f"record-{op.op_id}", op.op_id)
 
     async def _record(self, op: Operation, result: Any, records: list[dict[str, Any]]) -> None:
         failure: errors.GpuschedError | None = None

@@ -21,10 +21,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from gpusched import errors, types
-from gpusched.domain.states import ProcState
+from gpusched.domain.exchange import Phase
+from gpusched.domain.states import MOVING, ProcState, Trigger
 from gpusched.engine.admission import require_owner
 from gpusched.engine.core import Core, Limits, Ports
 from gpusched.engine.events import (
+    Broke,
     ConnectionClosed,
     Event,
     Exited,
@@ -155,6 +157,8 @@ class Engine:
                 self._advance(op, event)
             case Exited():
                 self._lifecycle.exited(event)
+            case Broke():
+                self._abandon(event, event.error)
             case ConnectionClosed():
                 self.core.drop_leases(lambda _, connection: connection == event.connection)
             case Tick():
@@ -220,8 +224,10 @@ class Engine:
                     raise
             case m.Release():
                 process = self._owned(params.name, event.caller)
-                count = self._leases.release(process, event.caller)
-                event.future.set_result({"name": process.name, "released": count})
+                op.tree_ids, op.started = (process.tree_id,), True
+                self.core.node.operations[op.op_id] = op
+                released = self._leases.release(process, event.caller)
+                self.core.finish(op, result={"name": process.name, "released": released})
             case m.Swap():
                 wanted = dict.fromkeys([*names(params.off), *names(params.on)])
                 trees = [self._owned(name, event.caller).tree_id for name in wanted]
@@ -276,18 +282,31 @@ class Engine:
                 self._exchanges.start(op)
         except errors.GpuschedError as error:
             self.core.reply(op, error=error)
+        except Exception as error:
+            # Here, not in ``run``: the event at hand may belong to another operation.
+            log.exception("an operation cannot begin op=%r", op)
+            self._give_up(op, error)
 
     def _abandon(self, event: Event, error: Exception) -> None:
         """After a defect: the operation that it hit, if any, ends with an internal error."""
         future = event.future if isinstance(event, Requested) else None
         op = self.core.node.operations.get(getattr(event, "op_id", ""))
-        wrapped = errors.InternalError(
-            f"a defect in gpusched ({error!r}); the daemon's log has more"
-        )
         if op is not None:
-            self.core.reply(op, error=wrapped)
+            self._give_up(op, error)
         elif future is not None and not future.done():
-            future.set_exception(wrapped)
+            future.set_exception(_defect(error))
+
+    def _give_up(self, op: Operation, error: Exception) -> None:
+        """Ends ``op`` after a defect. Trees in the middle of a move are failed: a freeze or thaw looks at them anew."""
+        wrapped = _defect(error)
+        for tree_id in op.tree_ids:
+            process = self.core.node.processes.get(tree_id)
+            if process is not None and process.state in MOVING:
+                self.core.apply(tree_id, Trigger.FOUND_BROKEN, str(wrapped), error=str(wrapped))
+            elif process is not None and process.state is ProcState.STARTING:
+                self.core.remove(tree_id)
+        self.core.journal_is_behind = True
+        self.core.reply(op, error=wrapped)
 
     # -- time -------------------------------------------------------------------------------------
 
@@ -321,7 +340,8 @@ class Engine:
         return [
             self._exchanges.intent_of(op)
             for op in self.core.node.operations.values()
-            if op.promise is not None
+            # One that has ended is in the journal with its end, or will be: it must not come to life again.
+            if op.promise is not None and op.exchange and op.exchange.phase is not Phase.ENDED
         ]
 
     async def _rewrite(self, records: list[dict[str, Any]]) -> None:
@@ -330,3 +350,7 @@ class Engine:
         except errors.GpuschedError as error:
             log.warning("the journal stays as it is: %s", error)
             self.core.journal_is_behind = True
+
+
+def _defect(error: Exception) -> errors.InternalError:
+    return errors.InternalError(f"a defect in gpusched ({error!r}); the daemon's log has more")

@@ -70,6 +70,7 @@ class MoveEnded:
     phases_ms: dict[str, float] = field(default_factory=dict)
     driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
+    moved: dict[int, dict[str, str]] | None = None
     error: BaseException | None = None
     note: str = ""
 
@@ -99,6 +100,14 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Broke:
+    """Work for an operation ended as no work should: by a defect, so without the event that it owed."""
+
+    op_id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionClosed:
     """A client is gone, and its leases with it."""
 
@@ -118,6 +127,7 @@ Event = (
     | Killed
     | Exited
     | Recorded
+    | Broke
     | ConnectionClosed
     | Tick
 )

@@ -21,7 +21,7 @@ from gpusched.domain.placement import permutation
 from gpusched.domain.states import ProcState, Trigger
 from gpusched.engine import admission
 from gpusched.engine.core import Core
-from gpusched.engine.events import MoveEnded, Surveyed
+from gpusched.engine.events import Exited, MoveEnded, Surveyed
 from gpusched.engine.leases import Leases
 from gpusched.engine.model import Operation, Process
 from gpusched.engine.moves import Tree
@@ -130,7 +130,7 @@ class Exchanges:
         async def survey() -> None:
             self._core.post(await work)
 
-        self._core.spawn(survey(), f"survey-{op.op_id}")
+        self._core.spawn(survey(), f"survey-{op.op_id}", op.op_id)
 
     def _members(self, op: Operation) -> tuple[list[Process], list[tuple[Process, GpuMap]]]:
         assert op.exchange is not None
@@ -235,11 +235,19 @@ class Exchanges:
         if not orders:
             self._conclude(op)
             return
+        living = []
         for order in orders:
+            process = self._core.node.processes[order.tree_id]
+            if process.state is _S.DEAD:  # it waited for its turn, or to be taken back
+                gone = errors.ProcessExited(f"{process.name} ended in the middle of the operation")
+                self._core.post(_refused(op.op_id, order, gone))
+                continue
             why = f"{op.kind} {op.op_id}" + (" (taking it back)" if order.is_undo else "")
             self._core.apply(order.tree_id, Trigger(order.move), why)
+            living.append(order)
         records = [*self._core.records_of(o.tree_id for o in orders), self.intent_of(op)]
-        self._core.spawn(self._perform(op.op_id, orders, records), f"orders-{op.op_id}")
+        work = self._perform(op.op_id, living, records)
+        self._core.spawn(work, f"orders-{op.op_id}", op.op_id)
 
     def intent_of(self, op: Operation) -> dict[str, Any]:
         """The journal record that lets recovery finish or undo an operation."""
@@ -262,15 +270,7 @@ class Exchanges:
         except errors.GpuschedError as error:
             if not all(o.is_undo for o in orders):  # an undo is owed, recorded or not
                 for order in orders:
-                    self._core.post(
-                        MoveEnded(
-                            op_id=op_id,
-                            order=order,
-                            outcome=Outcome.ROLLED_BACK,
-                            duration_ms=0.0,
-                            error=error,
-                        )
-                    )
+                    self._core.post(_refused(op_id, order, error))
                 return
         async with asyncio.TaskGroup() as moves:
             for order in orders:
@@ -284,9 +284,14 @@ class Exchanges:
             main=process.main,
             vram=process.vram,
             oom_scores=process.oom_scores,
+            moved=process.moved,
         )
         begun = self._core.monotonic_s
         report = await self._core.mover.run(tree, order.move, order.gpu_map)
+        if isinstance(report.error, errors.ProcessExited):
+            # Its end comes first, so that nobody hears of a process in some state that is in truth dead.
+            status = await self._core.ports.trees.wait_exit(tree.tree_id, tree.main)
+            self._core.post(Exited(tree_id=tree.tree_id, status=status))
         self._core.post(
             MoveEnded(
                 op_id=op_id,
@@ -296,6 +301,7 @@ class Exchanges:
                 phases_ms=report.phases_ms,
                 driver_ms=report.driver_ms,
                 oom_scores=report.oom_scores,
+                moved=report.moved,
                 error=report.error,
                 note=report.note,
             )
@@ -311,6 +317,8 @@ class Exchanges:
         changes: dict[str, Any] = {}
         if ended.oom_scores is not None:
             changes["oom_scores"] = ended.oom_scores
+        if ended.moved is not None:
+            changes["moved"] = ended.moved
         if ended.outcome is Outcome.DONE:
             changes["error"] = None
             if order.move is Move.THAW:
@@ -332,7 +340,8 @@ class Exchanges:
         op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
         op.phases_ms.setdefault(tree_id, {}).update(ended.phases_ms)
         self._tell(op, ended, process)
-        orders = op.exchange.ended(tree_id, ended.outcome)
+        nothing_left = ended.order.is_undo and isinstance(ended.error, errors.ProcessExited)
+        orders = op.exchange.ended(tree_id, Outcome.DONE if nothing_left else ended.outcome)
         if orders or op.exchange.phase is Phase.ENDED:
             self._carry_out(op, orders)
 
@@ -376,3 +385,10 @@ class Exchanges:
             process = self._core.named(op.params.name)
             result |= self._leases.grant(process, op.caller, op.params.for_s)
         return result
+
+
+def _refused(op_id: str, order: Order, error: errors.GpuschedError) -> MoveEnded:
+    """The end of an order that was never begun."""
+    return MoveEnded(
+        op_id=op_id, order=order, outcome=Outcome.ROLLED_BACK, duration_ms=0.0, error=error
+    )

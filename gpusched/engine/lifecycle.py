@@ -20,7 +20,7 @@ from gpusched.engine.events import Exited, Killed, Launched
 from gpusched.engine.leases import Leases
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
-from gpusched.ports import DriverState, ExitStatus, Launch, Member, User
+from gpusched.ports import DriverState, ExitStatus, Identity, Launch, Member, User
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class Lifecycle:
     def __init__(self, core: Core, leases: Leases) -> None:
         self._core = core
         self._leases = leases
+        #: Main processes of adoptions under way: a process must not get into two trees.
+        self._claimed: dict[str, Identity] = {}
+        self._claiming = asyncio.Lock()
 
     # -- run and adopt ----------------------------------------------------------------------------
 
@@ -70,7 +73,7 @@ class Lifecycle:
         self._core.claim(op, op.tree_ids)
         op.started, op.begun_s = True, self._core.monotonic_s
         begin = self._run if isinstance(params, m.Run) else self._adopt
-        self._core.spawn(begin(op, process, replaced), f"{op.kind}-{params.name}")
+        self._core.spawn(begin(op, process, replaced), f"{op.kind}-{params.name}", op.op_id)
 
     def _replaceable(self, op: Operation, name: str) -> Process | None:
         """The dead entry that a new process of this name replaces. Raises AlreadyExists for a live one."""
@@ -151,10 +154,11 @@ class Lifecycle:
         assert op.caller is not None
         ports, pid = self._core.ports, op.params.pid
         main = await ports.trees.identify(pid)
-        if self._core.mains() and main in self._core.mains().values():
-            raise errors.AlreadyExists(f"pid {pid} is managed already")
         members = await ports.trees.members(process.tree_id, main)
         self._require_adoptable(op, members, pid)
+        async with self._claiming:
+            await self._require_unclaimed(members)
+            self._claimed[process.tree_id] = main
         sample = await take_sample(
             ports.driver,
             ports.trees,
@@ -204,6 +208,16 @@ class Lifecycle:
                 f"pid {strangers[0].pid} belongs to uid {strangers[0].ruid}; you are uid {op.caller.uid}"
             )
 
+    async def _require_unclaimed(self, members: list[Member]) -> None:
+        """Raises AlreadyExists when any of ``members`` is in a tree of ours, PermissionDenied for our own helpers."""
+        trees = self._core.ports.trees
+        roots = {**self._core.mains(), **self._claimed, "daemon": await trees.identify(os.getpid())}
+        for pid, tree_id in (await trees.locate([x.pid for x in members], roots)).items():
+            if tree_id == "daemon":
+                raise errors.PermissionDenied(f"pid {pid} is a part of the daemon")
+            name = self._core.node.processes[tree_id].name
+            raise errors.AlreadyExists(f"pid {pid} is managed already, as a part of {name}")
+
     async def _record_entry(self, process: Process, replaced: Process | None) -> None:
         """The intent to manage this process, on disk before it exists."""
         records: list[Mapping[str, object]] = [{"proc": to_record(process)}]
@@ -216,6 +230,7 @@ class Lifecycle:
     def launched(self, op: Operation, event: Launched) -> None:
         """A run or adopt has ended: the process is managed from here on, or its name is free again."""
         tree_id = op.tree_ids[0]
+        self._claimed.pop(tree_id, None)
         if event.error is not None or event.main is None:
             self._core.remove(tree_id)
             self._core.spawn(self._core.ports.trees.forget(tree_id), f"forget-{tree_id}")
@@ -255,7 +270,7 @@ class Lifecycle:
             self.killed(op, Killed(op_id=op.op_id))
             return
         op.before = {process.tree_id: process.state}
-        self._core.spawn(self._end(op, process), f"kill-{process.name}")
+        self._core.spawn(self._end(op, process), f"kill-{process.name}", op.op_id)
 
     async def _end(self, op: Operation, process: Process) -> None:
         try:
@@ -283,6 +298,11 @@ class Lifecycle:
                     f"{process.name} did not end {KILL_TIMEOUT_S:.0f} s after SIGKILL (pids "
                     f"{[x.pid for x in ours]}): the kernel still holds it, see dmesg"
                 )
+        if await trees.is_alive(process.main):
+            raise errors.PermissionDenied(
+                f"pid {process.main.pid} of {process.name} belongs to another user now; gpusched does not end "
+                "other users' processes"
+            )
         await trees.wait_exit(process.tree_id, process.main)
 
     async def _until_gone(self, process: Process, deadline_s: float) -> None:
@@ -317,7 +337,7 @@ class Lifecycle:
             return  # it was killed through us
         how = describe_exit(event.status)
         process = self._core.apply(
-            event.tree_id, Trigger.EXITED, how, exit=event.status, oom_scores={}
+            event.tree_id, Trigger.EXITED, how, exit=event.status, oom_scores={}, timed_leases=()
         )
         self._core.drop_leases(lambda tree_id, _: tree_id == event.tree_id)
         self._core.sampler.invalidate()

@@ -46,7 +46,8 @@ class Process:
     """A managed tree of processes. This is also its journal record.
 
     ``vram[uuid]`` is in bytes: the last active value, exact after an operation. ``oom_scores`` are the ones to put
-    back when it thaws.
+    back when it thaws. ``moved[pid]`` is the GPU map of members whose saved VRAM belongs elsewhere than ``gpus`` say:
+    a migration had reached them and was taken back.
     """
 
     tree_id: str
@@ -63,6 +64,7 @@ class Process:
     evictable: bool = False
     vram: dict[str, int] = field(default_factory=dict)
     oom_scores: dict[int, int] = field(default_factory=dict)
+    moved: dict[int, dict[str, str]] = field(default_factory=dict)
     exit: ExitStatus | None = None
     error: str | None = None
     timed_leases: tuple[TimedLease, ...] = ()

@@ -9,16 +9,19 @@ After a step raised, the driver is asked: when it says that the step was done af
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gpusched import errors
+from gpusched.domain.capacity import remap
 from gpusched.domain.moves import STEPS, Move, Op, Outcome, undo_after
+from gpusched.domain.placement import onward
 from gpusched.ports import Clock, Driver, DriverState, Identity, Member, Trees
-from gpusched.units import GIB
+from gpusched.units import GIB, format_size
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Tree:
     main: Identity
     vram: Mapping[str, int]
     oom_scores: Mapping[int, int]
+    moved: Mapping[int, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class Report:
     #: What the driver's own calls took, those at the same time counted once.
     driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
+    #: Members whose saved VRAM belongs to other GPUs now than the tree's record says, and by which map.
+    moved: dict[int, dict[str, str]] = field(default_factory=dict)
     error: errors.GpuschedError | None = None
     note: str = ""
 
@@ -75,8 +81,8 @@ class Mover:
     async def run(self, tree: Tree, move: Move, gpu_map: Mapping[str, str] | None = None) -> Report:
         """Performs ``move``. Blocks for as long as the driver takes; never raises for what a tree or driver does.
 
-        DONE: the tree is where the move leads, and the driver says so. ROLLED_BACK: it is where it was. LOST: it is
-        neither, and ``error`` and ``note`` say what is known.
+        DONE: the tree is where the move leads, and the driver says so. ROLLED_BACK: it is where it was, or has ended
+        (``error`` is ProcessExited). LOST: it is neither, and ``error`` and ``note`` say what is known.
         """
         work = _Work(self, tree, gpu_map)
         last = len(STEPS[move]) - 1
@@ -96,12 +102,15 @@ class Mover:
                 oom_scores=work.oom_scores,
             )
         log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
-        undone = await self._undo(tree, move, last)
+        undone = await self._undo(replace(tree, moved=work.moved), move, last)
+        if isinstance(undone, errors.ProcessExited):
+            error, undone = undone, None  # nothing is left that could be taken back
         return Report(
             outcome=Outcome.ROLLED_BACK if undone is None else Outcome.LOST,
             phases_ms=work.phases_ms,
             driver_ms=work.driver_ms,
             oom_scores=work.oom_scores,
+            moved=work.moved if move is Move.THAW or undone is not None else {},
             error=error,
             note="" if undone is None else f"taking it back failed too: {undone}",
         )
@@ -156,6 +165,7 @@ class _Work:
         self.phases_ms: dict[str, float] = {}
         self.driver_ms = 0.0
         self.oom_scores: dict[int, int] | None = None
+        self.moved = dict(tree.moved)
         self._steps: dict[Op, Callable[[], Awaitable[None]]] = {
             Op.LOCK: self._lock,
             Op.UNLOCK: lambda: self._each(_S.LOCKED, self._driver.unlock),
@@ -217,10 +227,45 @@ class _Work:
         await self._each(_S.LOCKED, lambda pid: self._driver.checkpoint(pid, self._deadline_s))
 
     async def _restore(self) -> None:
-        await self._each(
-            _S.CHECKPOINTED,
-            lambda pid: self._driver.restore(pid, self._gpu_map, self._deadline_s),
-        )
+        """Onto the asked GPUs, or home: also for members that a migration had taken elsewhere before it failed."""
+        _, states = await self._look()
+        if not set(states.values()) & {
+            _S.RUNNING,
+            _S.LOCKED,
+        }:  # else some of the room is the tree's already
+            await self._require_room()
+        maps = {
+            pid: onward(self.moved.get(pid), self._gpu_map)
+            for pid, state in states.items()
+            if state is _S.CHECKPOINTED
+        }
+        try:
+            await self._all(self._driver.restore(p, m, self._deadline_s) for p, m in maps.items())
+        finally:
+            if any(maps.values()):
+                await self._note_moved(maps)
+
+    async def _require_room(self) -> None:
+        """A restore that does not fit is never tried: on some drivers it loses the process."""
+        gpus = (await self._driver.usage()).gpus
+        for uuid, size in remap(self._tree.vram, self._gpu_map).items():
+            if uuid in gpus and gpus[uuid].free_bytes < size:
+                free = gpus[uuid].free_bytes
+                raise errors.InsufficientGpuMemory(
+                    f"it needs {format_size(size)} on {uuid}, and somebody took that: {format_size(free)} "
+                    "is free; thaw it when there is room",
+                    {"gpu": uuid, "need_bytes": size, "free_bytes": free},
+                )
+
+    async def _note_moved(self, tried: Iterable[int]) -> None:
+        """Remembers who lies where now, whatever the calls said."""
+        with contextlib.suppress(errors.GpuschedError):
+            _, states = await self._mover.settle(self._tree)
+            for pid in tried:
+                if states.get(pid) in (_S.LOCKED, _S.RUNNING):
+                    self.moved.pop(pid, None)
+                    if self._gpu_map is not None:
+                        self.moved[pid] = dict(self._gpu_map)
 
     async def _stop(self) -> None:
         """Stops every member. One that got CUDA state since the lock is continued, locked and checkpointed first."""

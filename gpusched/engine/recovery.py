@@ -25,6 +25,7 @@ from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger
 from gpusched.engine.model import Process, from_record
 from gpusched.engine.moves import Mover, Tree
+from gpusched.engine.survey import take_sample
 from gpusched.ports import Clock, Driver, DriverState, Identity, Launch, Member, Trees, Usage, Users
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class Recovery:
                 gone = await self._after_end(process)
                 ended += [gone] if gone is not None else []
             else:
+                if process.state is _S.STARTING:  # the daemon died while it adopted it
+                    process = self._begun(process, process.main)
                 try:
                     looked.append((process, *await self._mover.settle(tree_of(process))))
                 except errors.GpuschedError as error:
@@ -93,6 +96,7 @@ class Recovery:
         by_id = {p.tree_id: p for p in (*recovered, *ended)}
         for operation in memory.operations.values():
             await self._undo_operation(operation, by_id)
+            await self._note_gpus(operation, by_id)
         return list(by_id.values())
 
     async def _add_leftovers(self, memory: Remembered) -> None:
@@ -103,10 +107,11 @@ class Recovery:
                 memory.processes[tree_id] = await self._from_launch(tree_id, launch, main)
             elif known.main is None:
                 # The daemon died between the intent to run it and hearing its pid.
-                memory.processes[tree_id] = known.after(
-                    Trigger.STARTED, "found at recovery", self._clock.unix_s(), main=main
-                )
-                self._note(known, f"had been started (pid {main.pid})")
+                memory.processes[tree_id] = self._begun(known, main)
+
+    def _begun(self, process: Process, main: Identity) -> Process:
+        self._note(process, f"had been started (pid {main.pid})")
+        return process.after(Trigger.STARTED, "found at recovery", self._clock.unix_s(), main=main)
 
     async def _from_launch(self, tree_id: str, launch: Launch, main: Identity) -> Process:
         user = await self._users.lookup(launch.uid, launch.gid)
@@ -131,12 +136,22 @@ class Recovery:
     async def _after_end(self, process: Process) -> Process | None:
         """A process that is not there any more: dead with its status, or never begun (None)."""
         status = await self._trees.exit_status(process.tree_id)
-        if process.main is None and status is None:
+        if process.main is not None:
+            # It may have ended this instant, and its supervisor is about to write how.
+            status = await self._trees.wait_exit(process.tree_id, process.main)
+        elif status is None:
             self._note(process, "had not been started; its name is free")
             await self._trees.forget(process.tree_id)
             return None
         self._note(process, "ended while no daemon ran")
-        return replace(process, state=_S.DEAD, exit=status, oom_scores={}, timed_leases=())
+        return process.after(
+            Trigger.EXITED,
+            "while no daemon ran",
+            self._clock.unix_s(),
+            exit=status,
+            oom_scores={},
+            timed_leases=(),
+        )
 
     async def _reconcile(
         self, process: Process, members: Sequence[Member], states: Mapping[int, DriverState]
@@ -155,7 +170,8 @@ class Recovery:
                 return process
             move, wanted = Move.THAW, _S.ACTIVE
         else:
-            fits = await self._fits(process)
+            # What is only locked has its VRAM still.
+            fits = DriverState.CHECKPOINTED not in found or await self._fits(process)
             move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
         return await self._move(process, move, wanted, f"was {was}")
 
@@ -163,7 +179,7 @@ class Recovery:
         """Performs or finishes ``move``; the process after it, whichever way it ended."""
         report = await self._mover.run(tree_of(process), move)
         now = self._clock.unix_s()
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"moved": report.moved}
         if report.oom_scores is not None:
             changes["oom_scores"] = report.oom_scores
         found = {_S.FROZEN: Trigger.FOUND_FROZEN, _S.ACTIVE: Trigger.FOUND_ACTIVE}
@@ -217,6 +233,21 @@ class Recovery:
                     process, move, wanted, f"taking back {operation['kind']}"
                 )
 
+    async def _note_gpus(self, operation: Mapping[str, Any], processes: dict[str, Process]) -> None:
+        """Where a migration that was cut short has really left its process: the last record may say otherwise."""
+        there = [processes[t] for t in operation["on"] if t in processes]
+        active = {p.tree_id: p.main for p in there if p.state is _S.ACTIVE and p.main is not None}
+        try:
+            sample = await take_sample(self._driver, self._trees, self._clock, active)
+        except errors.GpuschedError as error:
+            log.warning("no VRAM sample: %s", error)
+            return
+        for tree_id, held in sample.held.items():
+            process = processes[tree_id]
+            if len(held) == len(process.gpus) and set(held) != set(process.gpus):
+                self._note(process, f"is on {', '.join(sorted(held))} now")
+                processes[tree_id] = replace(process, gpus=tuple(sorted(held)), vram=held)
+
     def _broken(self, process: Process, text: str) -> Process:
         self._note(process, text)
         return process.after(Trigger.FOUND_BROKEN, "recovery", self._clock.unix_s(), error=text)
@@ -233,4 +264,5 @@ def tree_of(process: Process) -> Tree:
         main=process.main,
         vram=process.vram,
         oom_scores=process.oom_scores,
+        moved=process.moved,
     )

@@ -26,6 +26,8 @@ LOOK_DEADLINE_S: Final = 10.0
 #: Opening the driver (cuInit) takes up to seconds without persistence mode.
 OPEN_DEADLINE_S: Final = 60.0
 UNLOCK_DEADLINE_S: Final = 60.0
+#: The driver keeps a lock's time itself; this much later we notice one that does not.
+LOCK_MARGIN_S: Final = 30.0
 #: A retired helper is killed after this long, hung call or not.
 RETIRE_S: Final = 600.0
 #: An answer is one line; a listing of thousands of processes fits.
@@ -57,34 +59,43 @@ class _Helper:
         return f"<driver helper pid {self.process.pid} {state}, {len(self.waiting)} calls>"
 
     async def read_answers(self) -> None:
-        """Hands answers to their callers until the process ends; then fails what is left."""
-        assert self.process.stdout is not None
-        decoder = msgspec.json.Decoder(_Answer)
+        """Hands answers to their callers until the process ends; then fails what is left.
+
+        Cancelling it, as the daemon does at its end, leaves the process to finish its calls.
+        """
         try:
-            while line := await self.process.stdout.readline():
-                answer = decoder.decode(line)
-                future = self.waiting.pop(answer.id, None)
-                if future is None or future.done():
-                    continue
-                if answer.error is not None:
-                    future.set_exception(errors.from_wire(answer.error))
-                else:
-                    future.set_result(answer.result)
-                if self.retired and not self.waiting:
-                    self.kill()
+            await self._read_answers()
+        except (msgspec.DecodeError, ValueError) as error:
+            log.warning("driver helper talks nonsense pid=%d: %s", self.process.pid, error)
+            self.kill()
         finally:
             self.retired = True
-            code = await self.process.wait()
-            for future in self.waiting.values():
-                if not future.done():
-                    future.set_exception(
-                        errors.Unavailable(
-                            f"the driver helper (pid {self.process.pid}) ended in the middle of a call "
-                            f"(status {code}); the next call starts a new one",
-                            {"helper_pid": self.process.pid, "helper_status": code},
-                        )
+        code = await self.process.wait()
+        for future in self.waiting.values():
+            if not future.done():
+                future.set_exception(
+                    errors.Unavailable(
+                        f"the driver helper (pid {self.process.pid}) ended in the middle of a call "
+                        f"(status {code}); the next call starts a new one",
+                        {"helper_pid": self.process.pid, "helper_status": code},
                     )
-            self.waiting.clear()
+                )
+        self.waiting.clear()
+
+    async def _read_answers(self) -> None:
+        assert self.process.stdout is not None
+        decoder = msgspec.json.Decoder(_Answer)
+        while line := await self.process.stdout.readline():
+            answer = decoder.decode(line)
+            future = self.waiting.pop(answer.id, None)
+            if future is None or future.done():
+                continue
+            if answer.error is not None:
+                future.set_exception(errors.from_wire(answer.error))
+            else:
+                future.set_result(answer.result)
+            if self.retired and not self.waiting:
+                self.kill()
 
     def kill(self) -> None:
         if self.process.returncode is None:
@@ -94,9 +105,15 @@ class _Helper:
 class DriverClient:
     """``ports.Driver``: every call goes to the current helper, started on demand."""
 
-    def __init__(self, options: Sequence[str], tasks: asyncio.TaskGroup) -> None:
-        """``options`` are ``driver_host``'s command line; ``tasks`` owns the readers."""
+    def __init__(
+        self, options: Sequence[str], tasks: asyncio.TaskGroup, keep_open: Sequence[int] = ()
+    ) -> None:
+        """``options`` are ``driver_host``'s command line; ``tasks`` owns the readers.
+
+        The descriptors ``keep_open`` stay open in every helper for as long as it lives.
+        """
         self._options = tuple(options)
+        self._keep_open = tuple(keep_open)
         self._tasks = tasks
         self._ids = itertools.count(1)
         self._helper: _Helper | None = None
@@ -124,9 +141,8 @@ class DriverClient:
         return _as(dict[int, DriverState], raw)
 
     async def lock(self, pid: int, timeout_s: float) -> float:
-        # The driver keeps its own time; ours only notices a driver that does not.
         args = {"pid": pid, "timeout_s": timeout_s}
-        return _as(float, await self._call("lock", args, timeout_s + 30.0))
+        return _as(float, await self._call("lock", args, timeout_s + LOCK_MARGIN_S))
 
     async def checkpoint(self, pid: int, deadline_s: float) -> float:
         return _as(float, await self._call("checkpoint", {"pid": pid}, deadline_s))
@@ -149,6 +165,11 @@ class DriverClient:
         self._closed = True
         if self._helper and self._helper.process.stdin:
             self._helper.process.stdin.close()
+
+    async def wait_closed(self) -> None:
+        """After ``close``: returns when the helper has ended, which takes as long as its calls."""
+        if self._helper is not None:
+            await self._helper.process.wait()
 
     async def _call(self, call: str, args: dict[str, Any], deadline_s: float) -> msgspec.Raw:
         helper = await self._current()
@@ -180,15 +201,22 @@ class DriverClient:
             return self._helper
 
     async def _start(self) -> _Helper:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gpusched.mechanisms.driver_host",
-            *self._options,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LINE_LIMIT,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "gpusched.mechanisms.driver_host",
+                *self._options,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                pass_fds=self._keep_open,
+                limit=LINE_LIMIT,
+            )
+        except OSError as error:
+            raise errors.Unavailable(
+                f"cannot start the driver helper: {error.strerror}; the host has no process, memory or "
+                "descriptor left"
+            ) from error
         helper = _Helper(process)
         log.info("driver helper started pid=%d", process.pid)
         self._tasks.create_task(helper.read_answers(), name=f"driver-helper-{process.pid}")

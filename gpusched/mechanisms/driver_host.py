@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -50,10 +50,10 @@ def open_driver(options: argparse.Namespace) -> DriverApi:
 class Host:
     """Answers requests until standard input closes."""
 
-    def __init__(self, opener: Callable[[], DriverApi]) -> None:
+    def __init__(self, opener: Callable[[], DriverApi], out: BinaryIO) -> None:
         self._opener = opener
         self._write_lock = threading.Lock()
-        self._out = sys.stdout.buffer
+        self._out = out
 
     def serve(self) -> None:
         failure: errors.GpuschedError | None = None
@@ -126,7 +126,10 @@ def main() -> None:
     # A ctrl-C at the daemon's terminal reaches the whole process group; the daemon alone decides.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    Host(lambda: open_driver(options)).serve()
+    # Answers go out by a descriptor of their own: a library that prints must not get between them.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    Host(lambda: open_driver(options), out).serve()
     os._exit(0)  # past any hung daemon thread
 
 

@@ -82,7 +82,7 @@ async def follow(
 
     The file is opened once: whatever takes its name later is not read. Raises NotFound, PermissionDenied.
     """
-    fd = await asyncio.to_thread(_open, path, uid)
+    fd = _open(path, uid)  # not on a thread: cancelled meanwhile, it would leave the descriptor open
     partial = b""
     try:
         while True:

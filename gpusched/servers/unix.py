@@ -313,7 +313,7 @@ def convert(request: dict[str, Any]) -> msgspec.Struct:
     params = request.get("params")
     try:
         return msgspec.convert({} if params is None else params, METHODS[request["method"]].params)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeEncodeError, RecursionError) as error:
         raise errors.InvalidRequest(f"{request['method']}: {error}") from None
 
 
