@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -60,7 +60,7 @@ class Trial:
         return round(self.mem_mb * MIB / 1e6 / max(1.0, statistics.median(times_ms)), 2)
 
 
-def run(backend: str) -> Iterator[Trial]:
+def run(backend: str) -> Generator[Trial, None, None]:
     """One trial for each GPU, one after the other; ``backend`` is cuda or sim. Blocks for some seconds each.
 
     Raises RuntimeError, with the daemon's log, where no daemon comes up.

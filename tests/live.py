@@ -96,7 +96,9 @@ def _refuse(text: str) -> None:
 
 
 @contextlib.contextmanager
-def running(*, gpus: int = 1, vram: str = "256M", args: Sequence[str] = ()) -> Iterator[PrivateDaemon]:
+def running(
+    *, gpus: int = 1, vram: str = "256M", args: Sequence[str] = ()
+) -> Iterator[PrivateDaemon]:
     """A daemon for a whole test module; ended, and proved gone, afterwards."""
     daemon = PrivateDaemon(gpus=gpus, vram=vram, args=args)
     try:
@@ -172,9 +174,7 @@ def digests(daemon: PrivateDaemon, name: str) -> list[str]:
 def prove_contents(daemon: PrivateDaemon, name: str) -> None:
     """Waits for one more look at VRAM by the active workload; all looks so far must have seen the same."""
     before = len(digests(daemon, name))
-    wait_until(
-        lambda: len(digests(daemon, name)) > before, within_s=20.0, what=f"{name} ticks on"
-    )
+    wait_until(lambda: len(digests(daemon, name)) > before, within_s=20.0, what=f"{name} ticks on")
     assert len(set(digests(daemon, name))) == 1, log_lines(daemon, name)
     assert state(daemon, name) == "active"
 
@@ -218,7 +218,12 @@ def others_python() -> str:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
         with contextlib.suppress(OSError):
-            if run_as(ALICE, [candidate, "-c", "import gpusched.daemon, msgspec, click"]).returncode == 0:
+            if (
+                run_as(
+                    ALICE, [candidate, "-c", "import gpusched.daemon, msgspec, click"]
+                ).returncode
+                == 0
+            ):
                 return candidate
     pytest.skip(f"no {version} that other users may execute")
 

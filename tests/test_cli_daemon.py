@@ -112,8 +112,8 @@ def test_the_life_of_a_process(daemon: PrivateDaemon, tmp_path: Path) -> None:
     matches(r"Migrated job: GPU 0 → GPU 1", out(daemon, "migrate", "job", "--to", "1"))
     wait_until(lambda: digests(daemon, "job"), within_s=20, what="it is ready")
     prove_contents(daemon, "job")
-    cwd = os.readlink(f"/proc/{process(daemon, 'job')['pid']}/cwd")
-    assert cwd == str(tmp_path.resolve())
+    cwd = Path(f"/proc/{process(daemon, 'job')['pid']}/cwd").readlink()
+    assert str(cwd) == str(tmp_path.resolve())
     assert out(daemon, "kill", "job") == "Killed job\n"
     assert find(daemon, "job") is None
 
@@ -261,7 +261,9 @@ def test_acquire_until_interrupted(daemon: PrivateDaemon) -> None:
 
 def test_acquire_for_a_time_and_release(daemon: PrivateDaemon) -> None:
     run_job(daemon)
-    matches(r"Acquired job ← gpu \(0 ms\), for 10m00s", out(daemon, "acquire", "job", "--for", "10m"))
+    matches(
+        r"Acquired job ← gpu \(0 ms\), for 10m00s", out(daemon, "acquire", "job", "--for", "10m")
+    )
     call(daemon, "kill", "job", code=3)
     matches(r"Released job \(1 lease\)", out(daemon, "release", "job"))
     matches(r"Released job \(0 leases\)", out(daemon, "release", "job"))

@@ -34,7 +34,7 @@ def daemon() -> Iterator[PrivateDaemon]:
 
 @pytest.fixture
 def four(daemon: PrivateDaemon) -> Iterator[list[str]]:
-    """d is frozen; a, b and c fill the GPU, c used least recently, then a, then b."""
+    """The frozen d, and a, b and c, which fill the GPU: c used least recently, then a, then b."""
     for name in "dabc":
         start(daemon, name, "8M")
         if name == "d":

@@ -6,8 +6,11 @@ All on simulated GPUs whose driver fails as the test says. See also: ``test_reco
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ from daemons import PrivateDaemon, request, wait_until
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.engine import moves
+from gpusched.mechanisms import driver_client
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.sim.script import Script, When
@@ -57,11 +61,11 @@ class Pair:
         done(self.daemon, "swap", off="a", on="b")
         self.a.require("frozen", gpu=0)
         self.b.require("active", gpu=0)
-        self.b.require_contents()
         done(self.daemon, "freeze", name="b")
         done(self.daemon, "thaw", name="a")
         self.require_as_before()
         self.a.require_contents()
+        self.b.require_log()
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,8 @@ def pairs() -> Iterator[list[Pair]]:
     pairs: list[Pair] = []
     yield pairs
     for pair in pairs:
+        done(pair.daemon, "swap", off="a", on="b")
+        pair.b.require_contents()
         pair.daemon.end()
 
 
@@ -118,17 +124,17 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     ),
 }
 CASES = [
-    (what, call, whose, when)
+    (what, call, whose, when, how)
     for what, (_, _, calls) in REQUESTS.items()
     for call, whose in calls
-    for when in (
-        ("before", "middle", "after") if call in ("checkpoint", "restore") else ("before", "after")
-    )
+    for when in ("before", "middle", "after")
+    for how in ("error", "crash")
+    if (call in ("checkpoint", "restore") or when != "middle")  # lock and unlock are done at once
+    and (how == "error" or what == "swap")  # a swap makes every call that there is
 ]
 
 
-@pytest.mark.parametrize(("what", "call", "whose", "when"), CASES)
-@pytest.mark.parametrize("how", ["error", "crash"])
+@pytest.mark.parametrize(("what", "call", "whose", "when", "how"), CASES)
 def test_one_failing_driver_call_undoes_the_whole_or_changes_nothing(
     pair: Pair, what: str, call: str, whose: str, when: When, how: str
 ) -> None:
@@ -146,17 +152,19 @@ def test_one_failing_driver_call_undoes_the_whole_or_changes_nothing(
         # It reported a failure and had done its work: the driver's state says so, and that is believed.
         assert answer["ok"], answer
         _back_to_the_start(pair, what)
-    else:
-        assert answer["code"] == ("driver_error" if how == "error" else "unavailable"), answer
-        assert f"{method} failed and was rolled back" in answer["error"]
-        assert ("UNKNOWN" if how == "error" else "helper") in answer["error"]
-        for process in entries(pair.daemon).values():
-            if process["name"] in params.values():
-                assert f"{process['name']} is {process['state']}" in answer["error"]
-        assert any("rolled_back" in entry for entry in answer["details"]["story"])
-        if what == "thaw":
-            pair.a.require("frozen", gpu=0)
-            done(pair.daemon, "thaw", name="a")
+        pair.require_as_before()
+        pair.a.require_contents()
+        return
+    assert answer["code"] == ("driver_error" if how == "error" else "unavailable"), answer
+    assert f"{method} failed and was rolled back" in answer["error"]
+    assert ("UNKNOWN" if how == "error" else "helper") in answer["error"]
+    for process in entries(pair.daemon).values():
+        if process["name"] in params.values():
+            assert f"{process['name']} is {process['state']}" in answer["error"]
+    assert any("rolled_back" in entry for entry in answer["details"]["story"])
+    if what == "thaw":
+        pair.a.require("frozen", gpu=0)
+        done(pair.daemon, "thaw", name="a")
     pair.require_as_before()
     pair.require_ordinary_life()
 
@@ -164,6 +172,8 @@ def test_one_failing_driver_call_undoes_the_whole_or_changes_nothing(
 def _back_to_the_start(pair: Pair, what: str) -> None:
     """From where a successful request leads; checked on the way."""
     match what:
+        case "thaw":
+            pass
         case "freeze":
             pair.a.require("frozen", gpu=0)
             done(pair.daemon, "thaw", name="a")
@@ -288,6 +298,77 @@ def test_a_hung_driver_does_not_keep_the_daemon_from_ending(private_daemon: Star
     )
     assert daemon.stop() == 0
     script.clear()
+
+
+async def test_a_helper_that_talks_nonsense_is_ended_and_its_calls_fail() -> None:
+    """A library that prints, say; nothing after that can be trusted to be an answer."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "import time; print('chatter', flush=True); time.sleep(60)"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    helper = driver_client._Helper(process)
+    call: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    helper.waiting[1] = call
+    async with asyncio.timeout(10):
+        await helper.read_answers()
+    assert process.returncode == -signal.SIGKILL
+    assert helper.retired
+    with pytest.raises(errors.Unavailable, match="ended in the middle of a call"):
+        await call
+
+
+def test_a_driver_that_prints_does_not_disturb_the_answers() -> None:
+    code = """
+import os
+from gpusched.mechanisms import driver_host
+class Chatty:
+    def states(self, pids):
+        os.write(1, b"chatter")
+        return {pid: "none" for pid in pids}
+driver_host.open_driver = lambda options: Chatty()
+driver_host.main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "--backend", "sim"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as host:
+        assert host.stdin is not None
+        assert host.stdout is not None
+        assert host.stderr is not None
+        host.stdin.write(b'{"id": 7, "call": "states", "args": {"pids": [1]}}\n')
+        host.stdin.flush()
+        assert json.loads(host.stdout.readline()) == {"id": 7, "result": {"1": "none"}}
+        assert host.stderr.read(7) == b"chatter"
+        host.stdin.close()
+        assert host.wait(10) == 0
+
+
+def test_a_daemon_without_descriptors_refuses_and_goes_on(pair: Pair) -> None:
+    """An error that no part foresaw, in the middle of an operation: that one ends, the daemon does not."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(pair.daemon.socket)
+        lines = connection.makefile("rwb")
+
+        def ask(method: str, **params: Any) -> dict[str, Any]:
+            lines.write(json.dumps({"method": method, "params": params}).encode() + b"\n")
+            lines.flush()
+            answer: dict[str, Any] = json.loads(lines.readline())
+            return answer
+
+        assert ask("status")["ok"]
+        before = resource.prlimit(pair.daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pair.daemon.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        answers = [ask("freeze", name="a"), ask("swap", off="a", on="b"), ask("status")]
+        resource.prlimit(pair.daemon.pid, resource.RLIMIT_NOFILE, before)
+        assert {a["code"] for a in answers} == {"internal"}
+        assert all("Too many open files" in a["error"] for a in answers), answers
+        lines.close()
+    pair.require_as_before()
+    pair.require_ordinary_life()
 
 
 # -- no room --------------------------------------------------------------------------------------
@@ -467,7 +548,6 @@ def test_a_pid_that_has_just_vanished_is_an_exit_and_no_more(pair: Pair) -> None
         pid = done(pair.daemon, "run", name="brief", cmd=["sleep", "60"])["pid"]
         os.kill(pid, signal.SIGKILL)
         refused(pair.daemon, "process_exited", "freeze", name="brief")
-        refused(pair.daemon, "process_exited", "thaw", name="brief")
         wait_until(
             lambda: entries(pair.daemon)["brief"]["state"] == "dead",
             within_s=5,

@@ -23,7 +23,18 @@ CLIENTS = 6
 #: What each request of a well-behaved client may take meanwhile.
 PATIENCE_S = 5.0
 
-_TEXTS = ["", "\0", "../../etc/passwd", "a" * 100, "\ud800", "naïve", "%s%n", "-rf", "$(reboot)", "\r\n"]
+_TEXTS = [
+    "",
+    "\0",
+    "../../etc/passwd",
+    "a" * 100,
+    "\ud800",
+    "naïve",
+    "%s%n",
+    "-rf",
+    "$(reboot)",
+    "\r\n",
+]
 _VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1.5, 2**31, 2**64, -(2**70), 1e308, [], {}, [[]], {"a": {}}),
     *_TEXTS,
@@ -61,7 +72,10 @@ def hostile(rng: random.Random) -> bytes:
         params[key] = rng.choice(_VALUES)
     params |= {"pid": rng.choice([0, -1, 2**22, 2**40, "1", True])}
     params |= {"cmd": rng.choice([[], "sh", [""], ["\0"], [1], {}, [["sh"]], None])}
-    params |= {"dir": rng.choice(_TEXTS), "env": rng.choice([[], {"": ""}, {"a=b": ""}, {"\0": ""}])}
+    params |= {
+        "dir": rng.choice(_TEXTS),
+        "env": rng.choice([[], {"": ""}, {"a=b": ""}, {"\0": ""}]),
+    }
     return json.dumps({"method": method, "params": params}).encode()
 
 
@@ -87,7 +101,7 @@ def attack(path: str, seed: int, count: int, failures: list[str]) -> None:
         line.send({"method": "status", "id": seed})
         if line.read().get("id") != seed:
             failures.append(f"seed {seed}: one answer too many")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the thread's only way to tell
         failures.append(f"seed {seed}: {error!r}")
     finally:
         line.close()
@@ -149,7 +163,9 @@ def assault(daemon: PrivateDaemon, seed: int, count: int) -> list[float]:
     return slowest
 
 
-def test_ten_thousand_hostile_requests_are_one_error_each(daemon: PrivateDaemon, soak: bool) -> None:
+def test_ten_thousand_hostile_requests_are_one_error_each(
+    daemon: PrivateDaemon, soak: bool
+) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")  # shown when the test fails
     assault(daemon, seed, 1200)  # memory and threads that stay are taken now

@@ -121,7 +121,7 @@ def test_a_line_without_end_is_followed_in_pieces(
         line.send({"method": "logs", "params": {"name": "job", "follow": True}})
         assert line.read()["result"]["lines"] == []
         fifo.write_text("go\n")
-        pieces = []
+        pieces: list[int] = []
         while sum(pieces) < size:
             pieces.append(len(line.read()["line"]))
         assert sum(pieces) == size and len(pieces) > 2
@@ -176,6 +176,8 @@ def test_what_is_not_the_log_any_more_is_refused(
         case "other owner":
             path.write_text("secret\n")
             os.chown(path, 65534, 65534)
+        case _:
+            assert kind == "gone"
     answer = error_of(daemon, "logs", name="job")
     assert answer["code"] == ("not_found" if kind == "gone" else "permission_denied"), answer
     with Line(daemon.socket) as line:

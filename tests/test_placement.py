@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusched.domain.placement import permutation
+from gpusched.domain.placement import onward, permutation
 
 GPUS = ("g0", "g1", "g2", "g3")
 
@@ -56,3 +56,19 @@ def test_every_gpu_goes_somewhere_and_nothing_moves_without_need(
 def test_what_cannot_be_is_refused(source: list[str], target: list[str]) -> None:
     with pytest.raises(ValueError):
         permutation(GPUS, source, target)
+
+
+_MAPS = st.none() | st.permutations(GPUS).map(lambda order: dict(zip(GPUS, order, strict=True)))
+
+
+@given(moved=_MAPS, wanted=_MAPS)
+def test_contents_that_were_moved_before_end_where_they_are_wanted(
+    moved: dict[str, str] | None, wanted: dict[str, str] | None
+) -> None:
+    found = onward(moved, wanted)
+    for home in GPUS:
+        now = (moved or {}).get(home, home)
+        assert (found or {}).get(now, now) == (wanted or {}).get(home, home)
+    if found is not None:
+        assert sorted(found) == sorted(found.values()) == list(GPUS)
+        assert any(source != target for source, target in found.items())

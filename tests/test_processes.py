@@ -170,7 +170,9 @@ def test_a_dead_entry_keeps_its_name_until_kill_or_the_next_run(daemon: PrivateD
 
 
 def test_kill_asks_first(daemon: PrivateDaemon, tmp_path: Path) -> None:
-    script = f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM; echo up; while :; do sleep 0.01; done"
+    script = (
+        f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM; echo up; while :; do sleep 0.01; done"
+    )
     pid = ask(daemon, "run", name="job", cmd=["sh", "-c", script])["pid"]
     wait_until(lambda: log_lines(daemon, "job"), within_s=10, what="it is up")
     ask(daemon, "kill", name="job")
@@ -414,4 +416,3 @@ def test_migration_to_a_full_gpu_is_refused(daemon: PrivateDaemon) -> None:
     assert answer["code"] == "insufficient_gpu_memory", answer
     assert (state(daemon, "job"), used_mb(daemon)) == ("active", [8, 60])
     prove_contents(daemon, "job")
-

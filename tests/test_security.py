@@ -183,11 +183,11 @@ def test_a_process_runs_as_its_caller_and_no_more(daemon: PrivateDaemon) -> None
     assert process(daemon, "who")["uid"] == MALLORY
 
 
-@pytest.mark.parametrize("params", [{"uid": 0}, {"user": "root"}, {"gid": 0}, {"caller": {"uid": 0}}])
+@pytest.mark.parametrize(
+    "params", [{"uid": 0}, {"user": "root"}, {"gid": 0}, {"caller": {"uid": 0}}]
+)
 def test_who_one_is_cannot_be_said(daemon: PrivateDaemon, params: dict[str, Any]) -> None:
-    answer = ask_as(
-        MALLORY, daemon.socket, "run", name="who", cmd=["id", "-u"], dir="/", **params
-    )
+    answer = ask_as(MALLORY, daemon.socket, "run", name="who", cmd=["id", "-u"], dir="/", **params)
     assert answer["ok"], answer
     wait_state(daemon, "who", "dead")
     assert ask(daemon, "logs", name="who")["lines"] == [str(MALLORY)]
@@ -201,7 +201,9 @@ def test_a_directory_that_the_caller_may_not_enter_is_refused(
     assert answer["code"] == "invalid_request" and "permission denied" in answer["error"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".", "..", "-x", "a\0", "a b", "a\n", "ä", "x.log/../y"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", ".", "..", "-x", "a\0", "a b", "a\n", "ä", "x.log/../y"]
+)
 def test_a_name_never_leads_out_of_the_log_directory(daemon: PrivateDaemon, name: str) -> None:
     answer = ask_as(MALLORY, daemon.socket, "run", name=name, cmd=["true"], dir="/")
     assert answer["code"] == "invalid_request", answer
@@ -213,7 +215,7 @@ def test_a_name_never_leads_out_of_the_log_directory(daemon: PrivateDaemon, name
 def test_a_hostile_environment_reaches_its_own_process_only(
     daemon: PrivateDaemon, env: dict[str, str]
 ) -> None:
-    params = {"name": "x", "cmd": ["/usr/bin/env"], "env": env, "dir": "/"}
+    params: dict[str, Any] = {"name": "x", "cmd": ["/usr/bin/env"], "env": env, "dir": "/"}
     assert ask_as(MALLORY, daemon.socket, "run", **params)["ok"]
     wait_state(daemon, "x", "dead")
     supervisor_free = [p for p in children(daemon.pid) if is_alive(p)]
@@ -256,7 +258,9 @@ def test_a_set_uid_descendant_is_not_stopped(daemon: PrivateDaemon, become_root:
     own = subprocess.Popen(["sh", "-c", script], user=MALLORY, group=MALLORY, cwd="/")
     try:
         wait_until(
-            lambda: any("\nUid:\t0\t0" in Path(f"/proc/{p}/status").read_text() for p in children(own.pid)),
+            lambda: any(
+                "\nUid:\t0\t0" in Path(f"/proc/{p}/status").read_text() for p in children(own.pid)
+            ),
             within_s=10,
             what="a descendant is root's",
         )

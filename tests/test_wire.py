@@ -177,7 +177,8 @@ def test_subscribe_sends_a_status_and_then_each_event(daemon: PrivateDaemon, nam
 def test_unknown_parameters_and_fields_are_ignored(line: Line) -> None:
     line.send({"method": "status", "params": {"verbose": True}, "jsonrpc": "2.0", "auth": [1]})
     assert line.read()["ok"]
-    for params in (None, {}):
+    empty: dict[str, Any] = {}
+    for params in (None, empty):
         line.send({"method": "status", "params": params})
         assert line.read()["ok"]
 

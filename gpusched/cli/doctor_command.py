@@ -5,8 +5,9 @@ In a pipe a line for each finding (``STATUS  NAME: FOUND``) and an indented one 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -78,7 +79,8 @@ def doctor_command(
             report["selftest_error"] = problem or ("" if sound else "not run: findings failed")
         output.print_json(report)
     elif problem:
-        click.echo(f"selftest failed: {problem}")
+        for line in f"selftest: FAILED: {problem}".splitlines():
+            click.echo(output.clean(line))
     elif selftest and not sound:
         click.echo("selftest: not run, since what failed above comes first")
     return 0 if passed else _EXIT_FAILED
@@ -140,14 +142,20 @@ def _try(subject: Subject, as_json: bool) -> tuple[list[Trial], str]:
 
     trials: list[Trial] = []
     try:
-        with output.progress("Freezing and thawing"):
-            for trial in selftest.run(subject.backend):
+        with contextlib.closing(selftest.run(subject.backend)) as running:
+            while (trial := _next(running)) is not None:
                 trials.append(trial)
                 if not as_json:
                     click.echo(output.clean(_trial_line(trial)))
     except RuntimeError as error:  # no daemon came up; errors of ours are RuntimeErrors too
         return trials, str(error).strip()
     return trials, "" if trials else "there is no GPU"
+
+
+def _next(running: Iterator[Trial]) -> Trial | None:
+    """Its progress has left the terminal before the line of the trial is printed."""
+    with output.progress("Freezing and thawing"):
+        return next(running, None)
 
 
 def _trial_line(trial: Trial) -> str:

@@ -41,7 +41,7 @@ def find(chosen: str | None, private: Path = PRIVATE_COPY) -> str | None:
         return shutil.which(chosen)
     if path := shutil.which("criu"):
         return path
-    return shutil.which(private / "criu" if private.is_dir() else private)
+    return shutil.which(str(private / "criu" if private.is_dir() else private))
 
 
 def _version(path: str) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ def _version(path: str) -> tuple[int, ...]:
 
 
 def probe(path: str, timeout_s: float = PROBE_TIMEOUT_S) -> str:
-    """ "" when the trial went well, else what went wrong. Root only.
+    """What went wrong in the trial; empty when it went well. Root only.
 
     It runs in pid and mount namespaces of its own, as managed trees do: all of it ends with their first process.
     """

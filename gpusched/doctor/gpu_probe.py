@@ -8,7 +8,6 @@ the bindings', then CUDA's. Creates no context and changes no setting.
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable
 from importlib import metadata
@@ -17,6 +16,8 @@ from typing import Any, Final
 CALLS: Final = tuple(
     f"cuCheckpointProcess{call}" for call in ("Lock", "Checkpoint", "Restore", "Unlock", "GetState")
 )
+#: The first CUDA version with these calls, as the driver writes it (12.8).
+_CUDA_VERSION: Final = 12080
 
 
 def main() -> None:
@@ -81,18 +82,24 @@ def _bindings() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
+    """cuInit, and whether the driver itself has the calls; through the bindings, which know where to look for it."""
     try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return {"cuda_error": f"the CUDA driver library cannot be loaded ({error})"}
-    missing = [call for call in CALLS if not hasattr(library, call)]
-    found: dict[str, Any] = {"missing_calls": missing} if missing else {}
-    code = int(library.cuInit(0))
-    if code:
-        name = ctypes.c_char_p()
-        library.cuGetErrorName(code, ctypes.byref(name))
-        found["cuda_error"] = f"cuInit: {(name.value or b'').decode() or code}"
-    return found
+        from cuda.bindings import driver as cuda
+    except ImportError:
+        return {}  # said already
+    try:
+        (result,) = cuda.cuInit(0)
+    except RuntimeError as error:  # the bindings found no libcuda
+        return {"cuda_error": str(error).splitlines()[0]}
+    if result != cuda.CUresult.CUDA_SUCCESS:
+        return {"cuda_error": f"cuInit: {result.name}"}
+    missing = [c for c in CALLS if not hasattr(cuda, c) or not _driver_has(cuda, c)]
+    return {"missing_calls": missing} if missing else {}
+
+
+def _driver_has(cuda: Any, call: str) -> bool:
+    result, address, _status = cuda.cuGetProcAddress(call.encode(), _CUDA_VERSION, 0)
+    return bool(result == cuda.CUresult.CUDA_SUCCESS and address)
 
 
 def _text(value: str | bytes) -> str:

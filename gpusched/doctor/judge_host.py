@@ -135,7 +135,7 @@ def _memlock(host: Host) -> Finding:
         return ok("memlock", f"{found}, which CAP_IPC_LOCK lifts")
     return warn(
         "memlock",
-        f"{found}: host memory cannot be pinned beyond that",
+        f"{found}: programs may lock no more host memory than that",
         "ulimit -l unlimited; in a systemd unit LimitMEMLOCK=infinity; docker run --ulimit memlock=-1",
     )
 
@@ -167,10 +167,12 @@ def _cgroups(host: Host) -> Finding:
         if host.cgroup
         else "no version 2 hierarchy with our own group in it"
     )
-    if host.container:
+    if host.cgroup and not host.is_root:
+        fix = "run as root"
+    elif host.container:
         fix = "docker run --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup:rw ..."
     elif host.cgroup:
-        fix = "run as root"
+        fix = "run it where its control group may be written"
     else:
         fix = "boot with systemd.unified_cgroup_hierarchy=1"
     return warn("cgroups", f"{found}: a child that leaves its tree may be missed", fix)
@@ -219,7 +221,7 @@ def _shm(host: Host) -> Finding:
             "no /dev/shm: data loaders and simulated GPUs need it",
             "sudo mount -t tmpfs tmpfs /dev/shm",
         )
-    found = f"/dev/shm of {format_size(host.shm_bytes)}"
+    found = f"{format_size(host.shm_bytes)} in /dev/shm"
     if host.shm_bytes < _LITTLE_SHM_BYTES:
         fix = (
             "docker run --shm-size=8g ..."

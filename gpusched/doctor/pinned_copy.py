@@ -2,8 +2,8 @@
 
     CUDA_VISIBLE_DEVICES=GPU-... python -m gpusched.doctor.pinned_copy BYTES
 
-Prints ``{"to_host_gb_s": N, "to_device_gb_s": N}`` (10^9 bytes a second, median of 3 after a warm-up), or exits with 1 and the
-reason. A program of its own: its context and its memory are gone before anything else is measured.
+Prints ``{"to_host_gb_s": N, "to_device_gb_s": N}`` (10^9 bytes a second, median of 3 after a warm-up), or exits
+with 1 and the reason. A program of its own: its context and its memory are gone before anything else is measured.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from gpusched.engine.exchanges import Exchanges
 from gpusched.engine.leases import Leases
 from gpusched.engine.lifecycle import Lifecycle
 from gpusched.engine.model import Caller, Operation, Process
-from gpusched.engine.report import report
+from gpusched.engine.report import Reporter
 from gpusched.engine.results import names
 from gpusched.ports import Description
 from gpusched.protocol import messages as m
@@ -73,7 +73,7 @@ class Engine:
         self._leases = Leases(self.core)
         self._exchanges = Exchanges(self.core, self._leases)
         self._lifecycle = Lifecycle(self.core, self._leases)
-        self._version = version
+        self._reporter = Reporter(self.core, version)
         self._closing = False
         self._idle = asyncio.Event()
         #: Called after every event; tests check invariants here.
@@ -92,8 +92,8 @@ class Engine:
 
     async def status(self) -> types.Status:
         """The wire's status. Waits for nothing but, briefly, a sample of VRAM."""
-        sample = await self.core.sampler.recent(self.core.mains())
-        return report(self.core, sample, self._version)
+        sample = await self.core.sampler.recent(self.core.mains)
+        return self._reporter.status(sample)
 
     def process_for(self, name: str, caller: Caller) -> Process:
         """The process of that name, for reading its log. Raises NotFound, PermissionDenied."""

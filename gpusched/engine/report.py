@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 
 from gpusched import types
 from gpusched.domain.states import ProcState, tier_of
@@ -12,26 +14,60 @@ from gpusched.engine.survey import Sample
 from gpusched.units import MIB, format_age, mib
 
 
-def report(core: Core, sample: Sample, version: str) -> types.Status:
-    """The result of ``status``. ``sample`` is the VRAM as last seen."""
-    capabilities: types.Capabilities = {
-        "cuda_checkpoint": True,
-        "criu": False,
-        "driver_version": core.description.driver_version,
-        "backend": core.description.backend,
-        "simulated": core.description.simulated,
-        "migrate": core.description.can_migrate,
-    }
-    return {
-        "gpus": _gpus(core, sample),
-        "processes": [_process(core, p, sample) for p in core.node.processes.values()],
-        "memory": _memory(core),
-        "metrics": _metrics(core),
-        "recent_events": list(core.events.recent),
-        "capabilities": capabilities,
-        "version": version,
-        "pid": os.getpid(),
-    }
+class Reporter:
+    """Makes the result of ``status``. Clients poll it, so what a record of a process says is rendered once."""
+
+    def __init__(self, core: Core, version: str) -> None:
+        self._core = core
+        self._version = version
+        self._rendered: dict[str, tuple[Process, types.ProcessStatus]] = {}
+
+    def status(self, sample: Sample) -> types.Status:
+        """The node as it is now; ``sample`` is the VRAM as last seen."""
+        core = self._core
+        capabilities: types.Capabilities = {
+            "cuda_checkpoint": True,
+            "criu": False,
+            "driver_version": core.description.driver_version,
+            "backend": core.description.backend,
+            "simulated": core.description.simulated,
+            "migrate": core.description.can_migrate,
+        }
+        return {
+            "gpus": _gpus(core, sample),
+            "processes": self._processes(sample),
+            "memory": _memory(core),
+            "metrics": _metrics(core),
+            "recent_events": list(core.events.recent),
+            "capabilities": capabilities,
+            "version": self._version,
+            "pid": os.getpid(),
+        }
+
+    def _processes(self, sample: Sample) -> list[types.ProcessStatus]:
+        core, now = self._core, self._core.unix_s
+        leases = Counter(lease.tree_id for lease in core.node.leases.values())
+        before, self._rendered = self._rendered, {}
+        found: list[types.ProcessStatus] = []
+        for tree_id, process in core.node.processes.items():
+            entry = before.get(tree_id)
+            if entry is None or entry[0] is not process:
+                entry = process, _render(core, process)
+            self._rendered[tree_id] = entry
+            status = entry[1].copy()
+            held = sample.held.get(tree_id, {})
+            status["mem_mb"] = mib(_vram_bytes(process, held))
+            status["age"] = format_age(now - process.started_unix_s)
+            status["leases"] = leases[tree_id] + sum(
+                lease.expires_unix_s > now for lease in process.timed_leases
+            )
+            if op := core.node.operations.get(core.node.busy.get(tree_id, "")):
+                status["op"] = op.kind
+            if not process.gpus and held:
+                status["gpus"] = [core.gpus[u].index for u in sorted(held) if u in core.gpus]
+                status["gpu"] = status["gpus"][0] if status["gpus"] else -1
+            found.append(status)
+        return found
 
 
 def _gpus(core: Core, sample: Sample) -> list[types.GpuStatus]:
@@ -53,26 +89,27 @@ def _gpus(core: Core, sample: Sample) -> list[types.GpuStatus]:
     return found
 
 
-def _process(core: Core, process: Process, sample: Sample) -> types.ProcessStatus:
-    held = sample.held.get(process.tree_id, {})
+def _vram_bytes(process: Process, held: Mapping[str, int]) -> int:
     match process.state:
         case ProcState.FROZEN | ProcState.FREEZING | ProcState.THAWING:
-            size = process.vram_bytes
+            return process.vram_bytes
         case ProcState.DEAD:
-            size = 0
+            return 0
         case _:
-            size = sum(held.values())
-    uuids = process.gpus or tuple(sorted(held))
-    gpus = [core.gpus[u].index for u in uuids if u in core.gpus]
-    op_id = core.node.busy.get(process.tree_id)
+            return sum(held.values())
+
+
+def _render(core: Core, process: Process) -> types.ProcessStatus:
+    """What the record of a process says; what changes without it (memory, age, leases, op) is filled in later."""
+    gpus = [core.gpus[u].index for u in process.gpus if u in core.gpus]
     exit_ = process.exit
     return {
         "name": process.name,
         "pid": process.main.pid if process.main else 0,
         "state": process.state.value,
         "gpu": gpus[0] if gpus else -1,
-        "mem_mb": mib(size),
-        "age": format_age(core.unix_s - process.started_unix_s),
+        "mem_mb": 0,
+        "age": "",
         "started": rfc3339(process.started_unix_s),
         "tier": tier_of(process.state).value,
         "gpus": gpus,
@@ -80,8 +117,8 @@ def _process(core: Core, process: Process, sample: Sample) -> types.ProcessStatu
         "uid": process.uid,
         "adopted": process.adopted,
         "evictable": process.evictable,
-        "leases": core.node.lease_count(process.tree_id, core.unix_s),
-        "op": core.node.operations[op_id].kind if op_id in core.node.operations else None,
+        "leases": 0,
+        "op": None,
         "exit_code": exit_.code if exit_ else None,
         "exit_signal": exit_.signal if exit_ else None,
         "error": process.error,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -67,18 +67,27 @@ class Sampler:
         """An operation has changed who holds what: the next reader gets a new sample."""
         self._stale = True
 
-    async def recent(self, mains: Mapping[str, Identity]) -> Sample:
-        """A sample at most RECENT_S old; the last one when the driver takes longer than PATIENCE_S."""
-        if self._stale or self._clock.monotonic_s() - self.last.taken_s > RECENT_S:
+    async def recent(self, mains: Callable[[], Mapping[str, Identity]]) -> Sample:
+        """A sample at most RECENT_S old; the last one when the driver takes longer than PATIENCE_S.
+
+        It is renewed when it has half that age, so that somebody who asks often never waits.
+        """
+        age_s = self._clock.monotonic_s() - self.last.taken_s
+        if self._stale or age_s > RECENT_S / 2:
+            must_wait = self._stale or age_s > RECENT_S
             if self._looking is None or self._looking.done():
-                self._stale = False
-                self._looking = self._tasks.create_task(self._renew(dict(mains)), name="sample")
-            await asyncio.wait([self._looking], timeout=PATIENCE_S)
+                self._looking = self._tasks.create_task(self._renew(mains), name="sample")
+            if must_wait:
+                await asyncio.wait([self._looking], timeout=PATIENCE_S)
         return self.last
 
-    async def _renew(self, mains: Mapping[str, Identity]) -> None:
+    async def _renew(self, mains: Callable[[], Mapping[str, Identity]]) -> None:
+        """Looks again where something changed in the middle: the first look may be from before."""
+        self._stale = True
         try:
-            self.last = await take_sample(self._driver, self._trees, self._clock, mains)
+            while self._stale:
+                self._stale = False
+                self.last = await take_sample(self._driver, self._trees, self._clock, mains())
         except errors.GpuschedError as error:
             log.warning("no VRAM sample: %s", error)
 

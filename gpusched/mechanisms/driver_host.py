@@ -1,8 +1,8 @@
 """The helper process that makes the driver's calls, so that one that hangs or crashes takes no daemon with it.
 
 Run by ``driver_client``: requests arrive as JSON lines on standard input, answers leave on standard output, each
-call on a thread of its own. When standard input closes (the daemon ended), calls under way are waited out: a half
-made checkpoint is worse than a process that lingers.
+call on a thread of its own. When standard input closes (the daemon ended), calls under way that change something are
+waited out: a half made checkpoint is worse than a process that lingers.
 
     in   {"id": 7, "call": "lock", "args": {"pid": 4711, "timeout_s": 10}}
     out  {"id": 7, "result": 0.0004}          or  {"id": 7, "error": {"code": ..., "error": ..., "details": ...}}
@@ -29,7 +29,9 @@ from gpusched.ports import DriverApi
 CALLS: Final = frozenset(
     {"describe", "usage", "states", "lock", "checkpoint", "restore", "unlock", "obstacles"}
 )
-#: How long calls under way are waited for once the daemon is gone.
+#: Those that change something: half-made they are worse than a process that lingers.
+CHANGING: Final = frozenset({"lock", "checkpoint", "restore", "unlock"})
+#: How long such calls under way are waited for once the daemon is gone.
 LINGER_S: Final = 900.0
 
 
@@ -74,7 +76,8 @@ class Host:
             # daemon threads: a hung driver call must not keep this process for ever (see LINGER_S)
             thread = threading.Thread(target=self._call, args=(driver, request), daemon=True)
             thread.start()
-            threads.append(thread)
+            if request["call"] in CHANGING:
+                threads.append(thread)
         for thread in threads:
             thread.join(LINGER_S)
 

@@ -82,7 +82,9 @@ async def follow(
 
     The file is opened once: whatever takes its name later is not read. Raises NotFound, PermissionDenied.
     """
-    fd = _open(path, uid)  # not on a thread: cancelled meanwhile, it would leave the descriptor open
+    fd = _open(
+        path, uid
+    )  # not on a thread: cancelled meanwhile, it would leave the descriptor open
     partial = b""
     try:
         while True:
