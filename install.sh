@@ -39,9 +39,10 @@ die() {
 
 # -- what is there --------------------------------------------------------------------------------
 
-# Prints what is wrong with the interpreter $1; nothing where it is good.
+# Prints what is wrong with the interpreter $1; nothing where it is good. (-I: nothing of root's is taken from the
+# directory that we are called in.)
 python_problem() {
-    "$1" - "$root" <<'PYTHON' 2>/dev/null || say "$1 is not there or does not run"
+    "$1" -I - "$root" <<'PYTHON' 2>/dev/null || say "$1 is not there or does not run"
 import os
 import sys
 
@@ -142,11 +143,10 @@ make_directory() { # MODE PATH; mends mode and owner of one that is there
 
 make_environment() { # PYTHON
     # One whose interpreter is gone (the system's Python was upgraded) is made anew.
-    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        "$1" -m venv --clear "$venv"
+    if ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then
+        "$1" -I -m venv --clear "$venv"
     fi
-    local pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check --no-input install)
-    "${pip[@]}" "$scratch"
+    "$venv/bin/python" -I -m pip --quiet --disable-pip-version-check --no-input install "$scratch"
 }
 
 write_config() {

@@ -157,7 +157,8 @@ def main() -> int:
     result: dict[str, Any] = {
         "benchmark": "control_plane",
         "simulated": True,
-        "machine": machine.describe() | {"load_before": os.getloadavg()},
+        "machine": machine.describe()
+        | {"load_before": os.getloadavg(), "niceness": os.getpriority(os.PRIO_PROCESS, 0)},
         "processes": options.processes,
         "slow_freezes": SLOW_FREEZES,
     }

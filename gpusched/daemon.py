@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -117,6 +118,10 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     await server.start()
     for note in recover.notes:
         engine.core.events.emit("recovery", detail=note)
+    # A full collection looks at every object: 10 ms and more, every hundredth status. What is here now stays.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     _announce(settings, description, len(processes))
     notify("READY=1")
     await stop.wait()

@@ -87,7 +87,7 @@ def wait_for_lines(client: GpuSched, name: str, count: int) -> list[tuple[str, s
 def start(client: GpuSched, name: str, vram: str, seed: int) -> float:
     """Starts a workload; returns the seconds until its VRAM was filled and checked: a cold start."""
     begun = time.monotonic()
-    command = [sys.executable, "-m", "gpusched.workload", "--vram", vram, "--seed", str(seed)]
+    command = [sys.executable, "-P", "-m", "gpusched.workload", "--vram", vram, "--seed", str(seed)]
     client.run(name, command)
     wait_for_lines(client, name, 1)
     return time.monotonic() - begun
@@ -98,7 +98,7 @@ def private_daemon(backend: str, gpu: str | None) -> Iterator[GpuSched]:
     """A daemon of our own in a directory of its own; both end with the block, and so does all that it runs."""
     base = Path(tempfile.mkdtemp(prefix="gpusched-demo-"))
     socket = base / "socket"
-    command = [sys.executable, "-m", "gpusched", "--socket", str(socket), "daemon"]
+    command = [sys.executable, "-P", "-m", "gpusched", "--socket", str(socket), "daemon"]
     command += ["--backend", backend, "--state-dir", str(base / "state")]
     command += ["--log-dir", str(base / "log")] + (["--sim-vram", gpu] if gpu else [])
     with (base / "daemon.log").open("wb") as log:

@@ -87,7 +87,7 @@ def _require_room(gpu: Any, need_bytes: int) -> None:
 
 
 def _with_ceiling(trial: Trial, uuid: str) -> Trial:
-    command = [sys.executable, "-m", "gpusched.doctor.pinned_copy", str(_CEILING_BYTES)]
+    command = [sys.executable, "-P", "-m", "gpusched.doctor.pinned_copy", str(_CEILING_BYTES)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": uuid}
     ran = programs.run(command, _CEILING_TIMEOUT_S, env)
     if ran.code != 0:
@@ -103,7 +103,7 @@ def _with_ceiling(trial: Trial, uuid: str) -> Trial:
 
 def _freeze_and_thaw(client: GpuSched, trial: Trial, size_bytes: int) -> Trial:
     name = f"selftest-{trial.gpu}"
-    command = [sys.executable, "-m", "gpusched.workload", "--vram", f"{size_bytes // MIB}M"]
+    command = [sys.executable, "-P", "-m", "gpusched.workload", "--vram", f"{size_bytes // MIB}M"]
     client.run(name, command, gpu=trial.gpu)
     try:
         expected = wait_for_lines(client, name, 1)[0][1]

@@ -32,7 +32,7 @@ def install(
     """install.sh below ``root``, with this interpreter and the machine's own pip configuration."""
     return subprocess.run(
         [str(script), "--root", str(root), *options],
-        env={**os.environ, "PYTHON": sys.executable, **(env or {})},
+        env={**os.environ, "PYTHON": sys.executable, "PIP_NO_COMPILE": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=110,
@@ -258,7 +258,7 @@ def test_a_tag_of_the_checkout_is_installed_instead_of_the_working_tree(tmp_path
     program(
         tmp_path,
         "python",
-        'case "$1" in -) exit 0 ;; esac; mkdir -p "$4/bin"; cp "$0-pip" "$4/bin/python"',
+        'case "$2" in -) exit 0 ;; esac; mkdir -p "$5/bin"; cp "$0-pip" "$5/bin/python"',
     )
     program(tmp_path, "python-pip", 'for last; do :; done; cat "$last/pyproject.toml"; exit 3')
     git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=e"]

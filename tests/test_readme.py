@@ -42,10 +42,9 @@ NOT_RUN = {
     r".*~/": "writes into somebody's home",
     r"gpusched rescue": "needs a process that a daemon left",
     r"gpusched doctor|.*benchmarks/": "looks at this machine's hardware, and has tests of its own",
+    r".*examples/(freeze|two|socat)": "tests/test_examples.py runs them",
     r"gpusched dashboard": "needs a terminal",
 }
-if shutil.which("socat") is None:
-    NOT_RUN[r".*socat"] = "needs the socat program"
 #: Lines that end only when they are interrupted.
 ENDLESS = r"gpusched (logs .*(-f|--follow)|events .*(-f|--follow))"
 #: Usage texts: they name commands, and are none.

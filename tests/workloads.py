@@ -90,7 +90,9 @@ class Workload:
             f"{self.name} is {state}, the driver says {word!r}"
         )
         assert self.is_stopped == (state == "frozen")
-        if state == "active":  # what is frozen is on none; where it comes back to shows when it does
+        if (
+            state == "active"
+        ):  # what is frozen is on none; where it comes back to shows when it does
             assert (entry["gpu"],) == where, "the daemon and the driver name different GPUs"
         assert gpu is None or entry["gpu"] == gpu
 

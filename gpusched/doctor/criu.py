@@ -65,7 +65,7 @@ def probe(path: str, timeout_s: float = PROBE_TIMEOUT_S) -> str:
         prefix="gpusched-criu-", ignore_cleanup_errors=True
     ) as scratch:
         command = [unshare, "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
-        command += [sys.executable, "-m", "gpusched.doctor.criu_probe", path, scratch]
+        command += [sys.executable, "-P", "-m", "gpusched.doctor.criu_probe", path, scratch]
         try:
             ran = programs.run(command, timeout_s)
         except OSError as error:

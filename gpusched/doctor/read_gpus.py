@@ -22,7 +22,7 @@ _MPS_COMM: Final = "nvidia-cuda-mps"  # the kernel keeps 15 characters of a name
 
 def read(timeout_s: float = PROBE_TIMEOUT_S) -> Gpus:
     """Blocks for at most ``timeout_s`` and a little."""
-    ran = programs.run([sys.executable, "-m", "gpusched.doctor.gpu_probe"], timeout_s)
+    ran = programs.run([sys.executable, "-P", "-m", "gpusched.doctor.gpu_probe"], timeout_s)
     module = _module_version()
     return parse(
         ran,

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: After SIGKILL a process may still be in the kernel: a driver call, a dump of core.
 KILL_TIMEOUT_S: Final = 60.0
+#: Accounts may be asked from a directory service, which may hang.
+LOOKUP_TIMEOUT_S: Final = 15.0
 _S = ProcState
 
 
@@ -103,7 +105,7 @@ class Lifecycle:
         assert op.caller is not None
         ports = self._core.ports
         try:
-            user = await ports.users.lookup(op.caller.uid, op.caller.gid)
+            user = await self._user(op.caller.uid, op.caller.gid)
             await self._record_entry(process, replaced)
             launch = Launch(
                 tree_id=process.tree_id,
@@ -121,6 +123,16 @@ class Lifecycle:
             self._core.post(Launched(op_id=op.op_id, error=error))
         else:
             self._core.post(Launched(op_id=op.op_id, main=main, uid=process.uid, user=user.name))
+
+    async def _user(self, uid: int, gid: int) -> User:
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                return await self._core.ports.users.lookup(uid, gid)
+        except TimeoutError:
+            raise errors.Unavailable(
+                f"the system did not say who uid {uid} is within {LOOKUP_TIMEOUT_S:.0f} s; does its "
+                "directory service hang (getent passwd)?"
+            ) from None
 
     def _environment(self, params: m.Run, user: User, gpus: tuple[str, ...]) -> dict[str, str]:
         """The caller's environment, or a login's; never the daemon's. Ours goes over it."""
@@ -167,7 +179,7 @@ class Lifecycle:
         )
         states = await ports.driver.states([member.pid for member in members])
         owner = members[0].ruid
-        user = await ports.users.lookup(owner, op.caller.gid)
+        user = await self._user(owner, op.caller.gid)
         held = sample.held.get(process.tree_id, {})
         await self._record_entry(
             replace(process, main=main, uid=owner, user=user.name, vram=held), replaced

@@ -204,6 +204,7 @@ class DriverClient:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # root must not import what lies in whatever directory it was started in
                 "-m",
                 "gpusched.mechanisms.driver_host",
                 *self._options,
