@@ -118,10 +118,7 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     await server.start()
     for note in recover.notes:
         engine.core.events.emit("recovery", detail=note)
-    # A full collection looks at every object: 10 ms and more, every hundredth status. What is here now stays.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    _spare_collections()
     _announce(settings, description, len(processes))
     notify("READY=1")
     await stop.wait()
@@ -244,6 +241,13 @@ def _limits(settings: Settings, ram_bytes: int, backend: str) -> Limits:
         default_env=dict(settings.passed_on_env),
         forced_env=forced,
     )
+
+
+def _spare_collections() -> None:
+    """A full garbage collection halts the loop for 10 ms and more, and every hundredth status would cause one."""
+    gc.collect()
+    gc.freeze()  # what is here at the start stays
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _announce(settings: Settings, description: Description, processes: int) -> None:
