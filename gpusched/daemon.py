@@ -27,7 +27,7 @@ from gpusched.config import Settings
 from gpusched.engine import recovery
 from gpusched.engine.core import Limits, Ports
 from gpusched.engine.engine import Engine
-from gpusched.engine.model import to_record
+from gpusched.engine.model import Process, to_record
 from gpusched.engine.moves import Mover
 from gpusched.mechanisms import journal as journals
 from gpusched.mechanisms import logs
@@ -106,10 +106,11 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     recover = recovery.Recovery(driver, trees, clock, users, mover)
     processes = await recover.recover(memory)
     journal = journals.FileJournal(path, backend)
-    await journal.rewrite([{"proc": to_record(p)} for p in processes])
+    behind = await _begin_journal(journal, processes)
 
     ports = Ports(driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users)
     engine = Engine(ports, description, limits, tasks, version=gpusched.__version__)
+    engine.core.journal_is_behind = behind
     engine.take_over(processes)
     tasks.create_task(engine.run(), name="engine")
     server = UnixServer(
@@ -157,6 +158,20 @@ async def _describe(driver: DriverClient, settings: Settings, backend: str) -> D
         )
         why = await asyncio.to_thread(why_no_driver, subject)
         raise errors.Unsupported(f"{error}\n{why}".strip(), error.details) from error
+
+
+async def _begin_journal(journal: journals.FileJournal, processes: list[Process]) -> bool:
+    """Records what recovery found; True when it cannot be written now.
+
+    A full disk must not keep anyone from seeing, reading and ending their processes: the old journal stays, moves are
+    refused because they cannot be recorded, and the engine tries again until there is room.
+    """
+    try:
+        await journal.rewrite([{"proc": to_record(p)} for p in processes])
+    except errors.InsufficientDisk as error:
+        log.error("%s", error)  # noqa: TRY400 - the reason is in the message
+        return True
+    return False
 
 
 async def _after_old_helpers(state_dir: Path) -> int:

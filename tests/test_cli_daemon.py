@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from daemons import PrivateDaemon, wait_until
+from gpusched.daemon import sim_directory
 from gpusched.mechanisms.sim.driver import SimDriver
 from live import (
     SLEEP,
@@ -315,6 +317,7 @@ def test_a_second_daemon_is_refused(daemon: PrivateDaemon) -> None:
     other_state += ["--backend", "sim", "--sim-vram", "8M"]
     done = call(daemon, "daemon", *other_state, code=6)
     assert "a daemon serves" in done.stderr
+    shutil.rmtree(sim_directory(Path(f"{daemon.state_dir}2")))  # it had come as far as that
     assert ask(daemon, "status")["pid"] == daemon.pid
 
 

@@ -1,13 +1,15 @@
-"""The driver helper's process: what it may import, and what it prints."""
+"""The driver helper's process: what it may import."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from gpusched.mechanisms.driver_client import DriverClient
+
+if TYPE_CHECKING:
+    import pytest
 
 
 async def test_the_helper_imports_nothing_from_the_current_directory(

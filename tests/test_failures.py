@@ -691,6 +691,26 @@ def test_on_a_full_disk_nothing_is_begun_and_everything_lives(small_disk: Privat
 
 
 @pytest.mark.root
+def test_a_daemon_starts_on_a_full_disk_and_goes_on_when_there_is_room(
+    small_disk: PrivateDaemon,
+) -> None:
+    a = Workload.start(small_disk, "a", SIZE)
+    fail_until_full(small_disk, "a")
+    state = a.entry["state"]
+    small_disk.restart()
+    a.require(state)
+    refused(small_disk, "insufficient_disk", "thaw" if state == "frozen" else "freeze", name="a")
+    (small_disk.state_dir / "filler").unlink()
+    wait_until(
+        lambda: request(small_disk.socket, "freeze", name="a")["ok"],
+        within_s=10,
+        what="the journal is written again",
+    )
+    done(small_disk, "thaw", name="a")
+    a.require_contents()
+
+
+@pytest.mark.root
 def test_an_end_that_cannot_be_recorded_is_told_all_the_same_and_recorded_later(
     small_disk: PrivateDaemon, pool: ThreadPoolExecutor
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import signal
@@ -217,17 +218,27 @@ def family(daemon: PrivateDaemon, name: str = "job") -> list[int]:
     pid = ask(daemon, "run", name=name, cmd=["sh", "-c", _FAMILY])["pid"]
 
     def sleepers() -> list[int]:
-        return [p for p in descendants_of_supervisor(pid) if p != pid]
+        found = [p for p in descendants_of_supervisor(pid) if p != pid]
+        return [p for p in found if comm(p) == "sleep"]  # shells and setsid come and go
 
     wait_until(lambda: len(sleepers()) == 3, within_s=10, what="three descendants")
     return [pid, *sleepers()]
+
+
+def comm(pid: int) -> str:
+    """The program's name; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def descendants_of_supervisor(pid: int) -> list[int]:
     """Everything below the parent of a managed process, which also adopts its orphans."""
     found = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])]
     for each in found:
-        found += children(each)
+        with contextlib.suppress(OSError):  # it has just ended
+            found += children(each)
     return found[1:]
 
 

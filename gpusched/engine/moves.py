@@ -102,14 +102,14 @@ class Mover:
                 oom_scores=work.oom_scores,
             )
         log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
-        undone = await self._undo(replace(tree, moved=work.moved), move, last)
+        undone, scores = await self._undo(work.left_behind(), move, last)
         if isinstance(undone, errors.ProcessExited):
             error, undone = undone, None  # nothing is left that could be taken back
         return Report(
             outcome=Outcome.ROLLED_BACK if undone is None else Outcome.LOST,
             phases_ms=work.phases_ms,
             driver_ms=work.driver_ms,
-            oom_scores=work.oom_scores,
+            oom_scores=dict(scores),
             moved=work.moved if move is Move.THAW or undone is not None else {},
             error=error,
             note="" if undone is None else f"taking it back failed too: {undone}",
@@ -132,8 +132,10 @@ class Mover:
                 )
             await asyncio.sleep(0.05)
 
-    async def _undo(self, tree: Tree, move: Move, failed: int) -> errors.GpuschedError | None:
-        """Takes a failed move back, newest step first; returns why it could not."""
+    async def _undo(
+        self, tree: Tree, move: Move, failed: int
+    ) -> tuple[errors.GpuschedError | None, Mapping[int, int]]:
+        """Takes a failed move back, newest step first; returns why it could not, and the scores still to put back."""
         origin = Move.THAW if move is Move.FREEZE else Move.FREEZE
         last: errors.GpuschedError | None = None
         for attempt in range(UNDO_ATTEMPTS):
@@ -147,9 +149,10 @@ class Mover:
                     break
             if last is None:
                 last = await work.verify(origin)
+            tree = replace(work.left_behind(), moved=tree.moved)
             if last is None or isinstance(last, errors.ProcessExited):
-                return last
-        return last
+                break
+        return last, tree.oom_scores
 
 
 class _Work:
@@ -174,6 +177,11 @@ class _Work:
             Op.STOP: self._stop,
             Op.CONTINUE: self._continue,
         }
+
+    def left_behind(self) -> Tree:
+        """The tree as this pass leaves it, for the one that takes it back."""
+        scores = self._tree.oom_scores if self.oom_scores is None else self.oom_scores
+        return replace(self._tree, moved=self.moved, oom_scores=scores)
 
     async def perform(self, op: Op) -> errors.GpuschedError | None:
         """One step; what it raised is returned, unless the driver says that the step was done all the same."""
@@ -299,9 +307,9 @@ class _Work:
         members = await self._trees.members(self._tree.tree_id, self._tree.main)
         if not members:
             raise self._gone()
-        scores = {**(self.oom_scores or {}), **self._tree.oom_scores}
+        scores = self._tree.oom_scores if self.oom_scores is None else self.oom_scores
         await self._trees.set_oom_score(
-            members, {m.pid: scores.get(m.pid, 0) for m in members if m.pid in scores}
+            members, {m.pid: scores[m.pid] for m in members if m.pid in scores}
         )
         for _ in range(MAX_ROUNDS):
             stopped = [m for m in members if m.stopped]

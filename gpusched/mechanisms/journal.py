@@ -138,6 +138,8 @@ class FileJournal:
 
     def _write(self, data: bytes) -> None:
         try:
+            if self._fd < 0:  # the first rewrite has not succeeded yet
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._cut()
             _write_whole(self._fd, data)
             os.fdatasync(self._fd)

@@ -1,0 +1,176 @@
+"""Moves on scripted ports: which scores the kernel's OOM killer is left with, whatever step fails.
+
+Here and not with real processes, because lowering a score needs a capability that few test machines give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+
+from gpusched import errors
+from gpusched.domain.moves import Move, Outcome
+from gpusched.engine.moves import FROZEN_OOM_SCORE, Mover, Tree
+from gpusched.mechanisms.clock import SystemClock
+from gpusched.ports import (
+    Description,
+    DriverState,
+    GpuMemory,
+    Identity,
+    Launch,
+    Member,
+    Obstacle,
+    Usage,
+)
+
+MAIN, CHILD = 100, 101
+OWN_SCORES = {MAIN: 0, CHILD: 300}
+
+
+class World:
+    """Two CUDA processes of one tree, and a driver whose calls named in ``failing`` fail once each."""
+
+    def __init__(self) -> None:
+        self.scores = dict(OWN_SCORES)
+        self.stopped = {MAIN: False, CHILD: False}
+        self.states_of = dict.fromkeys(OWN_SCORES, DriverState.RUNNING)
+        self.failing: list[str] = []
+
+    def _fail(self, call: str) -> None:
+        if call in self.failing:
+            self.failing.remove(call)
+            raise errors.DriverError(f"{call} failed")
+
+    # -- ports.Driver
+
+    async def describe(self) -> Description:
+        raise AssertionError("not asked")
+
+    async def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
+        raise AssertionError("not asked")
+
+    async def usage(self) -> Usage:
+        return Usage(gpus={"GPU-0": GpuMemory(total_bytes=10, used_bytes=0, free_bytes=10)})
+
+    async def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
+        return {pid: self.states_of[pid] for pid in pids}
+
+    async def lock(self, pid: int, timeout_s: float) -> float:
+        self._fail("lock")
+        self.states_of[pid] = DriverState.LOCKED
+        return 0.0
+
+    async def checkpoint(self, pid: int, deadline_s: float) -> float:
+        self._fail("checkpoint")
+        self.states_of[pid] = DriverState.CHECKPOINTED
+        return 0.0
+
+    async def restore(
+        self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
+    ) -> float:
+        self._fail("restore")
+        self.states_of[pid] = DriverState.LOCKED
+        return 0.0
+
+    async def unlock(self, pid: int) -> float:
+        self._fail("unlock")
+        self.states_of[pid] = DriverState.RUNNING
+        return 0.0
+
+    # -- ports.Trees, as far as moves need it
+
+    async def members(self, tree_id: str, main: Identity) -> list[Member]:
+        return [
+            Member(pid=pid, start_ticks=1, ruid=0, stopped=stopped, zombie=False)
+            for pid, stopped in self.stopped.items()
+        ]
+
+    async def signal(self, members: Sequence[Member], signal: int) -> None:
+        import signal as signals
+
+        for member in members:
+            self.stopped[member.pid] = signal == signals.SIGSTOP
+
+    async def set_oom_score(
+        self, members: Sequence[Member], score: int | Mapping[int, int]
+    ) -> dict[int, int]:
+        old = {}
+        for member in members:
+            wanted = score if isinstance(score, int) else score.get(member.pid)
+            if wanted is not None:
+                old[member.pid] = self.scores[member.pid]
+                self.scores[member.pid] = wanted
+        return old
+
+    async def launch(self, launch: Launch) -> Identity:
+        raise AssertionError("not asked")
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"moves do not call {name}")
+
+
+TREE = Tree(
+    tree_id="t",
+    main=Identity(pid=MAIN, start_ticks=1, boot_id="b"),
+    vram={"GPU-0": 1},
+    oom_scores={},
+    moved={},
+)
+
+
+@pytest.mark.parametrize("failing", [[], ["lock"], ["checkpoint"], ["checkpoint", "restore"]])
+async def test_a_freeze_protects_the_tree_or_leaves_its_scores(failing: list[str]) -> None:
+    world = World()
+    world.failing = list(failing)
+    mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
+    report = await mover.run(TREE, Move.FREEZE)
+    if failing:
+        assert report.outcome is Outcome.ROLLED_BACK
+        assert world.scores == OWN_SCORES
+        assert not report.oom_scores
+    else:
+        assert report.outcome is Outcome.DONE
+        assert set(world.scores.values()) == {FROZEN_OOM_SCORE}
+        assert report.oom_scores == OWN_SCORES
+
+
+@pytest.mark.parametrize("failing", [[], ["restore"], ["unlock"], ["restore", "checkpoint"]])
+async def test_a_thaw_puts_the_scores_back_or_keeps_the_tree_protected(failing: list[str]) -> None:
+    world = World()
+    mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
+    frozen = await mover.run(TREE, Move.FREEZE)
+    assert frozen.oom_scores is not None
+    world.failing = list(failing)
+    report = await mover.run(replace(TREE, oom_scores=frozen.oom_scores), Move.THAW)
+    if failing:
+        assert report.outcome is Outcome.ROLLED_BACK
+        assert set(world.scores.values()) == {FROZEN_OOM_SCORE}
+        assert report.oom_scores == OWN_SCORES, "what the next thaw is to put back"
+    else:
+        assert report.outcome is Outcome.DONE
+        assert world.scores == OWN_SCORES
+        assert report.oom_scores == {}
+
+
+async def test_a_freeze_that_is_undone_after_the_stop_puts_the_scores_back() -> None:
+    world = World()
+    mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
+    verified = mover.settle
+    looks = 0
+
+    async def settle(tree: Tree) -> tuple[list[Member], dict[int, DriverState]]:
+        nonlocal looks
+        members, states = await verified(tree)
+        if set(world.scores.values()) == {FROZEN_OOM_SCORE}:
+            looks += 1
+            if looks == 1:  # the last look at the frozen tree shows something else
+                states = {**states, MAIN: DriverState.FAILED}
+        return members, states
+
+    mover.settle = settle  # type: ignore[method-assign]
+    report = await mover.run(TREE, Move.FREEZE)
+    assert report.outcome is Outcome.ROLLED_BACK
+    assert world.scores == OWN_SCORES
+    assert not report.oom_scores
