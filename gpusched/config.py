@@ -15,6 +15,7 @@ from typing import Any, Final
 from gpusched import errors
 from gpusched.units import GIB, parse_duration, parse_size
 
+BACKENDS: Final = ("auto", "cuda", "sim")
 DEFAULT_SOCKET: Final = "/tmp/gpusched.sock"  # noqa: S108 - what existing clients connect to
 SYSTEM_CONFIG: Final = Path("/etc/gpusched/config.toml")
 #: Set by an operator against NVLink multicast; always handed on to what we start (see docs/security.md).
@@ -112,6 +113,8 @@ def _convert(name: str, value: Any) -> Any:
     types = {f.name: f.type for f in fields(Settings)}
     if name not in types or name == "passed_on_env":
         raise KeyError("no such setting")
+    if name == "backend" and value not in BACKENDS:
+        raise ValueError(f"must be one of {', '.join(BACKENDS)}")
     if name.endswith("_bytes"):
         return parse_size(str(value))
     if name.endswith("_s"):

@@ -230,8 +230,7 @@ One request a line, one response line for each, in order; a connection may send 
 - Fields, parameters and methods may be added; none is ever renamed, retyped or removed.
 - Who may call: the peer's uid (SO_PEERCRED) decides. Root and the members of the configured group may call everything.
 
-Try it: `echo '{{"method":"status"}}' | socat -t 600 - UNIX-CONNECT:/tmp/gpusched.sock` (without `-t`, socat waits
-half a second for the answer, and a freeze takes longer).
+Try it: `echo '{{"method":"status"}}' | socat -t 600 - UNIX-CONNECT:/tmp/gpusched.sock` (-t: a freeze takes time)
 
 ## Methods"""
 

@@ -91,6 +91,7 @@ def test_the_page_names_every_variable_that_is_handed_on() -> None:
         ("rambudget = '1G'", "rambudget"),
         ("ram_budget = 'lots'", "ram_budget = 'lots'"),
         ("sim_gpus = '2'", "expected int"),
+        ("backend = 'gpu'", "must be one of auto, cuda, sim"),
         ("passed_on_env = 'x'", "no such setting"),
     ],
 )

@@ -149,7 +149,10 @@ class Exchanges:
         self._note_vram(op, facts)
         off, on = self._members(op)
         if not off and not on:
-            self._core.reply(op, result=self._complete(op))
+            # Nothing to record, but for a lease by the clock: it is to survive the daemon.
+            lasting = getattr(op.params, "for_s", None) is not None
+            end = self._core.finish if lasting else self._core.reply
+            end(op, result=self._complete(op))
             return
         force = getattr(op.params, "force", False)
         for process in off:

@@ -6,7 +6,6 @@ exclude one another: several clients may hold the same process on the GPU.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 from gpusched import errors
 from gpusched.engine.core import Core
 from gpusched.engine.model import Caller, Lease, Process, TimedLease
-
-log = logging.getLogger(__name__)
 
 
 class Leases:
@@ -61,17 +58,8 @@ class Leases:
             kept = tuple(t for t in process.timed_leases if t.expires_unix_s > now)
             lease = TimedLease(lease_id=lease_id, uid=caller.uid, expires_unix_s=now + for_s)
             self._core.put(replace(process, timed_leases=(*kept, lease), last_used_unix_s=now))
-            self._core.spawn(self._record(process.tree_id), f"record-lease-{process.name}")
         self._core.events.emit("acquire", process.name)
         return {"lease": lease_id, "expires_s": for_s}
-
-    async def _record(self, tree_id: str) -> None:
-        """A lease by the clock survives the daemon, also where nothing else of its operation is recorded."""
-        try:
-            await self._core.ports.journal.append(*self._core.records_of([tree_id]))
-        except errors.GpuschedError as error:
-            log.warning("a lease is not in the journal: %s", error)
-            self._core.journal_is_behind = True
 
     def release(self, process: Process, caller: Caller) -> int:
         """Ends the caller's leases: those of this connection and, of the same user, the timed ones."""
