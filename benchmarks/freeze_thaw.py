@@ -3,9 +3,10 @@
     python benchmarks/freeze_thaw.py [--sizes 1.4,3.6,15] [--runs 3] [--out DIR] [--backend cuda|sim]
 
 For each size (decimal GB) and way: freeze and thaw, wall time as a client sees it, median of the runs with minimum and
-maximum; the contents are recomputed from VRAM after every thaw. Host RAM is touched once before. "bare" are the
-driver's calls from one long-lived process; "fresh" the same calls with a process started for each action. With
-``--backend sim`` it tries itself out and says so in every line: those figures mean nothing.
+maximum; the contents are recomputed from VRAM after every thaw. Host RAM is touched once before, and every process is
+frozen and thawed once before it is measured. "bare" are the driver's calls from one long-lived process; "fresh" the
+same calls with a process started for each action. With ``--backend sim`` it tries itself out and says so in every
+line: those figures mean nothing.
 """
 
 from __future__ import annotations
@@ -81,14 +82,12 @@ def fresh(action: str, pid: int) -> None:
 def measure(
     target: Target, freeze: Callable[[], Any], thaw: Callable[[], Any], runs: int
 ) -> dict[str, Any]:
-    """One warm-up and ``runs`` counted rounds of freeze, thaw, verify."""
+    """``runs`` rounds of freeze, thaw, verify."""
     rows: dict[str, list[float]] = {"freeze_ms": [], "thaw_ms": []}
     extra: dict[str, list[float]] = {"freeze_over_driver_ms": [], "thaw_over_driver_ms": []}
-    for number in range(runs + 1):
+    for _ in range(runs):
         off, on = timed(freeze), timed(thaw)
         target.verify()
-        if number == 0:
-            continue
         for verb, (took, result) in (("freeze", off), ("thaw", on)):
             rows[f"{verb}_ms"].append(took)
             if "driver_ms" in result:
@@ -101,11 +100,14 @@ def one_size(client: GpuSched, gigabytes: float, runs: int, bare: Bare | None) -
     target = Target(client, gigabytes)
     name, pid = target.name, target.pid
     result: dict[str, Any] = {"gigabytes": gigabytes, "cold_start_ms": [round(target.cold_ms, 1)]}
+    result["vram_mib"] = client.freeze(name)[
+        "mem_mb"
+    ]  # the warm-up, of all ways: it is one process
+    client.thaw(name)
+    target.verify()
     result["gpusched"] = measure(
         target, lambda: client.freeze(name), lambda: client.thaw(name), runs
     )
-    result["vram_mib"] = client.freeze(name)["mem_mb"]
-    client.thaw(name)
     if bare is not None:
         result["bare"] = measure(target, lambda: bare.freeze(pid), lambda: bare.thaw(pid), runs)
         result["fresh"] = measure(

@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,22 +46,17 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def touch_ram(size_bytes: int, workers: int | None = None) -> float:
-    """Touches that much host RAM once and gives it back; returns the seconds it took.
+def touch_ram(size_bytes: int) -> float:
+    """Touches that much host RAM once and gives it back; returns the seconds it took, about one for each 3 GB.
 
-    A virtual machine's first touch of a page asks its host for it, far slower than any later one.
+    A virtual machine's first touch of a page asks its host for it, far slower than any later one. On one thread: a
+    machine that is given its memory as it asks for it can be asked too fast, and ends the program instead.
     """
-    count = workers or os.cpu_count() or 1
     begun = time.monotonic()
-    with ProcessPoolExecutor(max_workers=count) as pool:
-        list(pool.map(_touch, [size_bytes // count] * count))
-    return round(time.monotonic() - begun, 1)
-
-
-def _touch(size_bytes: int) -> None:
     with mmap.mmap(-1, size_bytes) as memory:
         for offset in range(0, size_bytes, mmap.PAGESIZE):
             memory[offset] = 1
+    return round(time.monotonic() - begun, 1)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +17,7 @@ from typing import Any, Final
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.engine.moves import Mover, Tree
+from gpusched.mechanisms import proc
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.trees import TreeKeeper
@@ -81,7 +84,9 @@ async def _thaw(driver: DriverClient, trees: TreeKeeper, pid: int) -> dict[str, 
 def _options(pid: int) -> list[str]:
     """The backend that the process lives on: simulated where its environment says so."""
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        with Path(f"/proc/{pid}/environ").open("rb") as file:
+            # A process may make it as long as it likes.
+            environment = file.read(proc.MAX_ENVIRON_BYTES).split(b"\0")
     except FileNotFoundError:
         raise errors.NotFound(f"no process with pid {pid}") from None
     except PermissionError:
@@ -91,9 +96,30 @@ def _options(pid: int) -> list[str]:
     for entry in environment:
         name, _, value = entry.partition(b"=")
         if name == b"GPUSCHED_SIM_DIR":
+            directory = os.fsdecode(value)
+            _require_trusted(Path(directory))
             # 0: whatever the directory was made with
-            return ["--backend", "sim", "--sim-dir", os.fsdecode(value), "--sim-gpus", "0"]
+            return ["--backend", "sim", "--sim-dir", directory, "--sim-gpus", "0"]
     return ["--backend", "cuda", "--allow-old-driver"]
+
+
+def _require_trusted(directory: Path) -> None:
+    """Raises PermissionDenied unless a daemon of ours made ``directory``.
+
+    The name comes from the target's environment. Whoever owns what it names, or may rename something on the way
+    there, could have the simulated driver remove and write files with our rights.
+    """
+    pattern = re.compile(rf"/dev/shm/gpusched-sim-{os.geteuid()}-[0-9a-f]{{8}}")
+    try:
+        found = directory.lstat()
+    except OSError as error:
+        raise errors.NotFound(f"no simulated GPUs at {directory}: {error.strerror}") from None
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_ours or not pattern.fullmatch(str(directory)):
+        raise errors.PermissionDenied(
+            f"the process names simulated GPUs at {directory}, which no daemon of uid {os.geteuid()} made; "
+            "try again as the user whose daemon it was"
+        )
 
 
 def _require_own(members: list[Member]) -> None:

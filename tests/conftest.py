@@ -19,6 +19,8 @@ from daemons import PrivateDaemon
 #: Seconds for one test and its fixtures; a hung test fails with every thread's stack.
 TIMEOUT_S = 120.0
 SOAK_TIMEOUT_S = 3600.0
+#: Real VRAM takes real time: a kill of the daemon with all that follows costs some 8 s.
+GPU_TIMEOUT_S = 300.0
 
 _PROBE = """
 from cuda.bindings import driver
@@ -49,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # Set here, not in pyproject.toml, so that a bare pytest without pytest-timeout still runs.
     if config.pluginmanager.hasplugin("timeout") and config.getoption("timeout") is None:
         config.option.timeout = SOAK_TIMEOUT_S if _is_soak() else TIMEOUT_S
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.hasplugin("timeout") or config.option.timeout != TIMEOUT_S:
+        return  # the plugin is not there, or somebody has chosen
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.timeout(GPU_TIMEOUT_S))
 
 
 @functools.cache

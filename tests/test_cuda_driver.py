@@ -237,8 +237,20 @@ def test_a_stopped_process_is_never_asked(
     assert bindings.asked == []
 
 
-def test_a_stopped_process_with_the_drivers_threads_and_no_gpu_is_checkpointed(
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ([], DriverState.CHECKPOINTED),
+        # What NVML opened, as most PyTorch programs let it, stays open through a checkpoint.
+        (["/dev/nvidiactl", "/dev/nvidia0"], DriverState.CHECKPOINTED),
+        (["/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm"], DriverState.UNKNOWN),
+    ],
+)
+def test_a_stopped_process_with_the_drivers_threads_and_without_uvm_is_checkpointed(
     driver: CudaDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: list[str],
+    expected: DriverState,
 ) -> None:
     code = (
         "import ctypes, threading\n"
@@ -249,12 +261,14 @@ def test_a_stopped_process_with_the_drivers_threads_and_no_gpu_is_checkpointed(
         "threading.Thread(target=run, daemon=True).start()\n"
         "input()\n"
     )
+    if devices:  # they cannot be opened here
+        monkeypatch.setattr(preflight, "read_links", lambda _: preflight.parse_links(devices))
     arguments = [sys.executable, "-c", code]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         stop(process.pid)
-        assert driver.states([process.pid]) == {process.pid: DriverState.CHECKPOINTED}
+        assert driver.states([process.pid]) == {process.pid: expected}
         process.kill()
 
 

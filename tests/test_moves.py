@@ -1,6 +1,7 @@
-"""Moves on scripted ports: which scores the kernel's OOM killer is left with, whatever step fails.
+"""Moves and recovery on scripted ports: the scores that the kernel's OOM killer is left with, and who cannot be asked.
 
-Here and not with real processes, because lowering a score needs a capability that few test machines give.
+Here and not with real processes, because lowering a score needs a capability that few test machines give, and because
+the simulated driver, unlike a real one, answers for stopped processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import pytest
 
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
+from gpusched.domain.states import ProcState
+from gpusched.engine.model import Process
 from gpusched.engine.moves import FROZEN_OOM_SCORE, Mover, Tree
+from gpusched.engine.recovery import Recovery, Remembered
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.ports import (
     Description,
@@ -27,6 +31,7 @@ from gpusched.ports import (
 
 MAIN, CHILD = 100, 101
 OWN_SCORES = {MAIN: 0, CHILD: 300}
+HOLDING = (DriverState.RUNNING, DriverState.LOCKED)
 
 
 class World:
@@ -55,7 +60,12 @@ class World:
         return Usage(gpus={"GPU-0": GpuMemory(total_bytes=10, used_bytes=0, free_bytes=10)})
 
     async def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
-        return {pid: self.states_of[pid] for pid in pids}
+        """As a real driver answers: a process that is stopped with VRAM cannot be asked."""
+        return {
+            pid: DriverState.UNKNOWN if self.stopped[pid] and state in HOLDING else state
+            for pid, state in self.states_of.items()
+            if pid in pids
+        }
 
     async def lock(self, pid: int, timeout_s: float) -> float:
         self._fail("lock")
@@ -106,6 +116,14 @@ class World:
 
     async def launch(self, launch: Launch) -> Identity:
         raise AssertionError("not asked")
+
+    # -- and as far as recovery does
+
+    async def leftovers(self) -> list[tuple[str, Launch, Identity]]:
+        return []
+
+    async def is_alive(self, identity: Identity) -> bool:
+        return True
 
     def __getattr__(self, name: str) -> object:
         raise AssertionError(f"moves do not call {name}")
@@ -174,3 +192,62 @@ async def test_a_freeze_that_is_undone_after_the_stop_puts_the_scores_back() -> 
     assert report.outcome is Outcome.ROLLED_BACK
     assert world.scores == OWN_SCORES
     assert not report.oom_scores
+
+
+async def test_a_process_that_took_vram_before_the_stop_is_checkpointed_too() -> None:
+    world = World()
+    world.states_of[CHILD] = DriverState.NONE
+    signal_to = world.signal
+
+    async def signal(members: Sequence[Member], signal: int) -> None:
+        if world.states_of[CHILD] is DriverState.NONE:
+            world.states_of[CHILD] = DriverState.RUNNING  # at the last moment
+        await signal_to(members, signal)
+
+    world.signal = signal  # type: ignore[method-assign]
+    mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
+    report = await mover.run(TREE, Move.FREEZE)
+    assert report.outcome is Outcome.DONE, report.error
+    assert set(world.states_of.values()) == {DriverState.CHECKPOINTED}
+    assert all(world.stopped.values())
+
+
+async def recovered(world: World, state: ProcState) -> Process:
+    """What a new daemon makes of the tree of ``world``, which its journal has in ``state``."""
+    process = Process(
+        tree_id="t",
+        name="w",
+        uid=0,
+        user="root",
+        gpus=("GPU-0",),
+        started_unix_s=0.0,
+        last_used_unix_s=0.0,
+        state=state,
+        main=TREE.main,
+        vram={"GPU-0": 1},
+    )
+    mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
+    recovery = Recovery(world, world, SystemClock(), None, mover)  # type: ignore[arg-type]
+    (found,) = await recovery.recover(Remembered(processes={"t": process}))
+    return found
+
+
+async def test_an_active_process_that_its_owner_stopped_is_active_after_a_restart() -> None:
+    world = World()
+    world.stopped = {MAIN: True, CHILD: True}
+    found = await recovered(world, ProcState.ACTIVE)
+    assert (found.state, found.error) == (ProcState.ACTIVE, None)
+    assert world.stopped == {MAIN: True, CHILD: True}
+
+
+@pytest.mark.parametrize("was", [ProcState.FREEZING, ProcState.THAWING, ProcState.FAILED])
+async def test_a_tree_that_was_stopped_half_way_is_continued_and_asked_again(
+    was: ProcState,
+) -> None:
+    world = World()
+    world.stopped = {MAIN: False, CHILD: True}
+    world.states_of = {MAIN: DriverState.CHECKPOINTED, CHILD: DriverState.LOCKED}
+    found = await recovered(world, was)
+    assert found.state is ProcState.ACTIVE, found.error
+    assert set(world.states_of.values()) == {DriverState.RUNNING}
+    assert not any(world.stopped.values())

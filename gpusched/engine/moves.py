@@ -169,9 +169,11 @@ class _Work:
         self.driver_ms = 0.0
         self.oom_scores: dict[int, int] | None = None
         self.moved = dict(tree.moved)
+        #: States that the driver has just confirmed by doing what we asked: not asked for again before ``verify``.
+        self._told: dict[int, DriverState] = {}
         self._steps: dict[Op, Callable[[], Awaitable[None]]] = {
             Op.LOCK: self._lock,
-            Op.UNLOCK: lambda: self._each(_S.LOCKED, self._driver.unlock),
+            Op.UNLOCK: self._unlock,
             Op.CHECKPOINT: self._checkpoint,
             Op.RESTORE: self._restore,
             Op.STOP: self._stop,
@@ -226,13 +228,24 @@ class _Work:
             running = [pid for pid, state in states.items() if state is _S.RUNNING]
             if not running:
                 return
-            await self._all(self._driver.lock(pid, self._mover._lock_timeout_s) for pid in running)
+            timeout_s = self._mover._lock_timeout_s
+            await self._all({p: self._driver.lock(p, timeout_s) for p in running}, _S.LOCKED)
         raise errors.LockTimeout(
             "the process keeps starting CUDA processes faster than they can be locked; try again later"
         )
 
+    async def _unlock(self) -> None:
+        _, states = await self._look()
+        locked = [pid for pid, state in states.items() if state is _S.LOCKED]
+        await self._all({p: self._driver.unlock(p) for p in locked}, _S.RUNNING)
+
     async def _checkpoint(self) -> None:
-        await self._each(_S.LOCKED, lambda pid: self._driver.checkpoint(pid, self._deadline_s))
+        _, states = await self._look()
+        locked = [pid for pid, state in states.items() if state is _S.LOCKED]
+        deadline_s = self._deadline_s
+        await self._all(
+            {p: self._driver.checkpoint(p, deadline_s) for p in locked}, _S.CHECKPOINTED
+        )
 
     async def _restore(self) -> None:
         """Onto the asked GPUs, or home: also for members that a migration had taken elsewhere before it failed."""
@@ -248,7 +261,8 @@ class _Work:
             if state is _S.CHECKPOINTED
         }
         try:
-            await self._all(self._driver.restore(p, m, self._deadline_s) for p, m in maps.items())
+            calls = {p: self._driver.restore(p, m, self._deadline_s) for p, m in maps.items()}
+            await self._all(calls, _S.LOCKED)
         finally:
             if any(maps.values()):
                 await self._note_moved(maps)
@@ -278,7 +292,7 @@ class _Work:
     async def _stop(self) -> None:
         """Stops every member. One that got CUDA state since the lock is continued, locked and checkpointed first."""
         deadline = self._mover._clock.monotonic_s() + STOP_TIMEOUT_S
-        pause = 0.0005
+        pause = 0.0002
         running: list[Member] = []
         for _ in range(MAX_ROUNDS * 100):
             members = await self._trees.members(self._tree.tree_id, self._tree.main)
@@ -290,8 +304,11 @@ class _Work:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.02)
                 continue
-            states = await self._driver.states([m.pid for m in members])
-            late = [m for m in members if states.get(m.pid) in (_S.RUNNING, _S.LOCKED)]
+            states = await self._driver.states(
+                [m.pid for m in members if self._told.get(m.pid) is not _S.CHECKPOINTED]
+            )
+            # Stopped with VRAM, a process is UNKNOWN to the real driver: it can be asked when it runs.
+            late = [m for m in members if states.get(m.pid) in (_S.RUNNING, _S.LOCKED, _S.UNKNOWN)]
             if not late:
                 old = await self._trees.set_oom_score(members, FROZEN_OOM_SCORE)
                 self.oom_scores = {**old, **self._tree.oom_scores}
@@ -322,7 +339,12 @@ class _Work:
     # -- their parts ------------------------------------------------------------------------------
 
     async def _look(self) -> tuple[list[Member], dict[int, DriverState]]:
-        members, states = await self._mover.settle(self._tree)
+        """The members and their states; the driver is asked about those that it has not just told of."""
+        members = await self._trees.members(self._tree.tree_id, self._tree.main)
+        states = {m.pid: self._told[m.pid] for m in members if m.pid in self._told}
+        if len(states) < len(members) or not members:
+            members, asked = await self._mover.settle(self._tree)
+            states = asked | states
         if not members:
             raise self._gone()
         failed = {pid: s for pid, s in states.items() if s in (_S.FAILED, _S.UNKNOWN)}
@@ -330,17 +352,14 @@ class _Work:
             raise self._wrong_state(failed, "to be usable")
         return members, states
 
-    async def _each(self, state: DriverState, act: Callable[[int], Awaitable[float]]) -> None:
-        """``act`` on every member that is in ``state``, all at the same time."""
-        _, states = await self._look()
-        await self._all(act(pid) for pid, found in states.items() if found is state)
-
-    async def _all(self, calls: Iterable[Awaitable[float]]) -> None:
+    async def _all(self, calls: Mapping[int, Awaitable[float]], becomes: DriverState) -> None:
         """Waits for all of them, so that none is under way afterwards; then raises the first error."""
-        results = await asyncio.gather(*calls, return_exceptions=True)
+        results = await asyncio.gather(*calls.values(), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
+                self._told.clear()
                 raise result
+        self._told |= dict.fromkeys(calls, becomes)
         seconds = [r for r in results if isinstance(r, float)]
         self.driver_ms += max(seconds, default=0.0) * 1000
 

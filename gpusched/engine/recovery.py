@@ -14,6 +14,7 @@ An exchange that had not ended is then undone whole, unless it had come to its g
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -157,6 +158,15 @@ class Recovery:
         self, process: Process, members: Sequence[Member], states: Mapping[int, DriverState]
     ) -> Process:
         """Brings one live tree to a settled state; cases 1 to 3 above, and the broken."""
+        mute = [m for m in members if m.stopped and states.get(m.pid) is DriverState.UNKNOWN]
+        if mute:  # a process that is stopped with its VRAM cannot be asked
+            if process.state is _S.ACTIVE:
+                return process  # no move was under way: its owner stopped it
+            await self._trees.signal(mute, signal.SIGCONT)
+            try:
+                members, states = await self._mover.settle(tree_of(process))
+            except errors.GpuschedError as error:
+                return self._broken(process, f"cannot be looked at: {error}")
         found = {s for s in states.values() if s is not DriverState.NONE}
         stopped = bool(members) and all(m.stopped for m in members)
         was = process.state

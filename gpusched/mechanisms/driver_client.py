@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 #: For calls that only look: the driver answers in microseconds, NVML in milliseconds.
 LOOK_DEADLINE_S: Final = 10.0
-#: Opening the driver (cuInit) takes up to seconds without persistence mode.
+#: A new helper opens the driver before its first answer: up to seconds for each GPU without persistence mode.
 OPEN_DEADLINE_S: Final = 60.0
 UNLOCK_DEADLINE_S: Final = 60.0
 #: The driver keeps a lock's time itself; this much later we notice one that does not.
@@ -52,6 +53,7 @@ class _Helper:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self.has_answered = False
         self.retired = False
 
     def __repr__(self) -> str:
@@ -87,6 +89,7 @@ class _Helper:
         decoder = msgspec.json.Decoder(_Answer)
         while line := await self.process.stdout.readline():
             answer = decoder.decode(line)
+            self.has_answered = True
             future = self.waiting.pop(answer.id, None)
             if future is None or future.done():
                 continue
@@ -128,7 +131,7 @@ class DriverClient:
 
     async def describe(self) -> Description:
         if self._description is None:
-            self._description = _as(Description, await self._call("describe", {}, OPEN_DEADLINE_S))
+            self._description = _as(Description, await self._call("describe", {}, LOOK_DEADLINE_S))
         return self._description
 
     async def usage(self) -> Usage:
@@ -176,6 +179,8 @@ class DriverClient:
         request_id = next(self._ids)
         future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         helper.waiting[request_id] = future
+        if not helper.has_answered:
+            deadline_s += OPEN_DEADLINE_S
         assert helper.process.stdin is not None
         helper.process.stdin.write(
             msgspec.json.encode({"id": request_id, "call": call, "args": args}) + b"\n"
@@ -211,6 +216,8 @@ class DriverClient:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 pass_fds=self._keep_open,
+                # It serves every GPU, whatever was meant for programs that are started from the same shell.
+                env={k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"},
                 limit=LINE_LIMIT,
             )
         except OSError as error:

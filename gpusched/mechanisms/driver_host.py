@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -33,6 +34,8 @@ CALLS: Final = frozenset(
 CHANGING: Final = frozenset({"lock", "checkpoint", "restore", "unlock"})
 #: How long such calls under way are waited for once the daemon is gone.
 LINGER_S: Final = 900.0
+#: Calls at the same time; further ones wait. More than a machine has GPU processes to move at once.
+MAX_CALLS: Final = 512
 
 
 def open_driver(options: argparse.Namespace) -> DriverApi:
@@ -66,20 +69,18 @@ class Host:
             failure = error
         except Exception as error:  # noqa: BLE001 - the daemon must hear of it, whatever it is
             failure = errors.DriverError(f"the driver cannot be opened: {error!r}")
-        threads: list[threading.Thread] = []
+        # Threads are kept: to start one costs more than most calls. A hung one ends with the process (os._exit).
+        pool = ThreadPoolExecutor(MAX_CALLS, "driver-call")
+        changing: set[Future[None]] = set()
         for line in sys.stdin.buffer:
             request = msgspec.json.decode(line)
             if driver is None:
                 self._answer(request["id"], error=failure)
                 continue
-            threads = [t for t in threads if t.is_alive()]
-            # daemon threads: a hung driver call must not keep this process for ever (see LINGER_S)
-            thread = threading.Thread(target=self._call, args=(driver, request), daemon=True)
-            thread.start()
+            call = pool.submit(self._call, driver, request)
             if request["call"] in CHANGING:
-                threads.append(thread)
-        for thread in threads:
-            thread.join(LINGER_S)
+                changing = {c for c in changing if not c.done()} | {call}
+        wait(changing, timeout=LINGER_S)
 
     def _call(self, driver: DriverApi, request: dict[str, Any]) -> None:
         try:

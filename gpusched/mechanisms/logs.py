@@ -15,7 +15,7 @@ from typing import Final
 from gpusched import errors
 
 #: The most that one answer carries, from the end of the log.
-MAX_BYTES: Final = 16 * 1024 * 1024
+MAX_BYTES: Final = 4 * 1024 * 1024
 BLOCK_BYTES: Final = 64 * 1024
 FOLLOW_INTERVAL_S: Final = 0.1
 #: A line that does not end is followed in pieces of this size.

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from gpusched import errors
 from gpusched.ports import Identity
@@ -20,6 +20,8 @@ from gpusched.ports import Identity
 _VFORK = frozenset({b"kernel_clone", b"_do_fork", b"wait_for_vfork_done"})
 #: A host where something is born in every single pass is not waited for.
 _MAX_PASSES = 5
+#: The kernel starts no program with more arguments and environment than this (three quarters of 8 MiB).
+MAX_ENVIRON_BYTES: Final = 6 * 1024 * 1024
 
 
 class Stat(NamedTuple):
@@ -114,7 +116,8 @@ def waits_in_vfork(pid: int) -> bool:
 
 def environ(pid: int) -> dict[str, str]:
     """The environment that the process was started with. Raises OSError (gone, or not ours to read)."""
-    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    with Path(f"/proc/{pid}/environ").open("rb") as file:
+        entries = file.read(MAX_ENVIRON_BYTES).split(b"\0")
     pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
     return {os.fsdecode(key): os.fsdecode(value) for key, _, value in pairs}
 

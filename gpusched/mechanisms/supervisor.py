@@ -106,12 +106,12 @@ def supervise(task: Task, lock_fd: int, report_fd: int) -> None:
         send_report(report_fd, StartFailed.at("supervisor", error).args)
         raise
     send_report(report_fd, report)
-    cgroup, task.env = task.cgroup, {}
+    task.env = {}
     record_exit(exit_fd, await_exit(main_pid))
-    end_rest(cgroup)
-    if cgroup:
+    end_rest(task)
+    if task.cgroup:
         with contextlib.suppress(OSError):
-            os.rmdir(cgroup)
+            os.rmdir(task.cgroup)
 
 
 def detach() -> None:
@@ -188,10 +188,19 @@ def keep_previous_log(path: str, new: str) -> None:
     """The command runs already, so a failure here is noted (supervisor.log) and changes nothing."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, f"{path}.1")
+            os.rename(path, previous_name(path))
         os.rename(new, path)
     except OSError as error:
         complain(f"log stays at {new}: {error}")
+
+
+def previous_name(path: str) -> str:
+    """``PATH.1``, or one with the owner in it where that would overwrite the log of another user of the name."""
+    name, owner = f"{path}.1", os.lstat(path).st_uid
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(name).st_uid != owner:
+            return f"{name}.{owner}"
+    return name
 
 
 def become_command(task: Task, log_fd: int, go_fd: int, status_fd: int) -> None:
@@ -282,26 +291,54 @@ def record_exit(fd: int, status: int) -> None:
         complain(f"exit not recorded: {text}: {error}")
 
 
-def end_rest(cgroup: str | None) -> None:
+def end_rest(task: Task) -> None:
     """SIGTERM to every process that is left, SIGKILL after the grace period; returns when none is left.
 
-    Stopped ones get SIGKILL at once: they could not act on anything else.
+    Stopped ones get SIGKILL at once: they could not act on anything else. What has become another user's (by su, for
+    one) is waited for.
     """
     deadline = time.monotonic() + GRACE_S
     told: set[tuple[int, int]] = set()
     pause_s = 0.01
     while reap():
         late = time.monotonic() >= deadline
-        if late and cgroup:
-            write_file(f"{cgroup}/cgroup.kill", "1")
-        for pid, ticks, stopped in descendants(os.getpid()):
-            if late or stopped:
-                send_signal(pid, ticks, signal.SIGKILL)
-            elif (pid, ticks) not in told:
-                told.add((pid, ticks))
-                send_signal(pid, ticks, signal.SIGTERM)
+        rest = descendants(os.getpid())
+        if late and task.cgroup and all(is_owned(pid, task.uid) for pid, _, _ in rest):
+            write_file(f"{task.cgroup}/cgroup.kill", "1")
+        kill = [(p, t, signal.SIGKILL) for p, t, stopped in rest if late or stopped]
+        ask = [(p, t, signal.SIGTERM) for p, t, _ in rest if not late and (p, t) not in told]
+        told.update((p, t) for p, t, _ in ask)
+        send_as_user(task, kill + ask)
         time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, 0.5)
+        pause_s = min(pause_s * 1.5, 5.0 if time.monotonic() > deadline + GRACE_S else 0.5)
+
+
+def is_owned(pid: int, uid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return uid == 0 or os.stat(f"/proc/{pid}").st_uid == uid  # noqa: PTH116
+    return True
+
+
+def send_as_user(task: Task, signals: list[tuple[int, int, int]]) -> None:
+    """From a child that has become the user, so that the kernel decides whom the user may signal.
+
+    The child is not waited for, since the user may stop it: then it is one more of the rest.
+    """
+    if task.uid == os.geteuid():
+        send_signals(signals)
+        return
+    with contextlib.suppress(OSError):  # no process left: the next round tries again
+        if signals and os.fork() == 0:
+            try:
+                drop_privileges(task)
+                send_signals(signals)
+            finally:
+                os._exit(0)
+
+
+def send_signals(signals: list[tuple[int, int, int]]) -> None:
+    for pid, ticks, number in signals:
+        send_signal(pid, ticks, number)
 
 
 def reap() -> bool:

@@ -16,16 +16,18 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from gpusched import errors
-from gpusched.mechanisms import cgroups, launching, proc
+from gpusched.mechanisms import cgroups, launching, membership, proc
 from gpusched.mechanisms.tree_files import TreeFiles
 from gpusched.ports import ExitStatus, Identity, Launch, Member
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _TREE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 #: How long an exit status may take to appear once the main process has ended.
@@ -35,8 +37,11 @@ _STARTING_WAIT_S = 5.0
 _POLL_S = 0.01
 #: How old a look at /proc may be that finds members who were moved out of their tree's control group.
 _MOVED_OUT_AGE_S = 1.0
-#: A tree that forks faster than we read is not waited for.
-_MAX_GROUP_READS = 50
+#: Starts at the same time: of one user, whose directory or program may hang, and of everybody.
+_STARTS_PER_UID = 2
+_STARTS = 64
+#: More processes than this are looked at and signalled on a thread: the loop must not wait for a fork bomb.
+_MANY = 100
 
 
 class _SharedScan:
@@ -84,6 +89,8 @@ class TreeKeeper:
         self._groups = cgroups.TreeGroups(enabled=with_groups)
         self._scan = _SharedScan()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="trees")
+        self._starts = ThreadPoolExecutor(max_workers=_STARTS, thread_name_prefix="starts")
+        self._turns: dict[int, asyncio.Semaphore] = {}
         # What tells the members of a launched tree: its supervisor and its group. Read once from its directory.
         self._ties: dict[str, tuple[Identity | None, Path | None]] = {}
 
@@ -91,6 +98,7 @@ class TreeKeeper:
         """Lets go of the threads; the trees live on."""
         self._scan.close()
         self._threads.shutdown(wait=False)
+        self._starts.shutdown(wait=False)
 
     # -- starting and ending ----------------------------------------------------------------------
 
@@ -103,9 +111,11 @@ class TreeKeeper:
         """
         loop = asyncio.get_running_loop()
         files = self._files(launch.tree_id)
-        return await loop.run_in_executor(
-            self._threads, launching.start, launch, files, self._groups, self._boot_id
-        )
+        turns = self._turns.setdefault(launch.uid, asyncio.Semaphore(_STARTS_PER_UID))
+        async with turns:
+            return await loop.run_in_executor(
+                self._starts, launching.start, launch, files, self._groups, self._boot_id
+            )
 
     async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
         """See ``ports.Trees``. Cancelling leaves nothing open."""
@@ -203,18 +213,26 @@ class TreeKeeper:
         a user's behalf). These are found as descendants in a look that may be a second old.
         """
         supervisor, group = self._tie(tree_id)
-        in_group = group is not None and bool(cgroups.pids(group))
+        known = len(cgroups.pids(group)) if group is not None else 0
+        in_group = known > 0
         table = await self._scan.table(_MOVED_OUT_AGE_S if in_group else 0.0)
         roots = {i.pid for i in (main, supervisor) if i and self._is(table.get(i.pid), i)}
         stats = {pid: stat for pid in table.descendants(roots) if (stat := table.get(pid))}
-        if group is not None and in_group:
-            stats = _read_again(stats)
-            _add_group(stats, group)
-        if supervisor is not None:
-            stats.pop(supervisor.pid, None)
-        halted = _halted(stats)
-        found = [m for stat in stats.values() if (m := _member(stat, stat.pid in halted))]
-        return sorted(found, key=lambda m: (m.pid != main.pid, m.start_ticks, m.pid))
+
+        def look() -> list[Member]:
+            now = stats
+            if group is not None and in_group:
+                now = membership.read_again(stats)
+                membership.add_group(now, group)
+            if supervisor is not None:
+                now.pop(supervisor.pid, None)
+            halted = membership.halted(now)
+            found = [
+                m for stat in now.values() if (m := membership.member(stat, stat.pid in halted))
+            ]
+            return sorted(found, key=lambda m: (m.pid != main.pid, m.start_ticks, m.pid))
+
+        return await self._do(look, max(known, len(stats)))
 
     async def locate(self, pids: Sequence[int], mains: Mapping[str, Identity]) -> dict[int, str]:
         """See ``ports.Trees``. Walks up from each pid: tens of microseconds each, however many trees there are."""
@@ -227,13 +245,37 @@ class TreeKeeper:
                     roots[identity.pid, identity.start_ticks] = name
             if group is not None:
                 groups[group] = name
+        if not pids:
+            return {}
+        # On a thread, for a chain of ancestors may be thousands long.
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._locate, pids, roots, groups
+        )
+
+    def _locate(
+        self,
+        pids: Sequence[int],
+        roots: Mapping[tuple[int, int], str],
+        groups: Mapping[Path, str],
+    ) -> dict[int, str]:
         found = {}
+        walked: dict[int, str | None] = {}
         for pid in pids:
             # An ancestor may end while we walk; the second walk starts at its heir.
-            tree_id = _walk_up(pid, roots) or self._by_group(pid, groups) or _walk_up(pid, roots)
+            tree_id = (
+                membership.walk_up(pid, roots, walked)
+                or self._by_group(pid, groups)
+                or membership.walk_up(pid, roots, walked)
+            )
             if tree_id is not None:
                 found[pid] = tree_id
         return found
+
+    async def _do(self, work: Callable[[], T], processes: int) -> T:
+        """``work`` on so many processes: here where they are few, which is ten times as fast."""
+        if processes <= _MANY:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _by_group(self, pid: int, groups: Mapping[Path, str]) -> str | None:
         group = self._groups.of(pid) if groups else None
@@ -258,83 +300,37 @@ class TreeKeeper:
     # -- acting -----------------------------------------------------------------------------------
 
     async def signal(self, members: Sequence[Member], signal: int) -> None:
-        for member in members:
-            try:
-                launching.send_signal(member.pid, member.start_ticks, signal)
-            except OSError as error:
-                logger.warning("signal=%d pid=%d failed: %s", signal, member.pid, error)
+        def send() -> None:
+            for member in members:
+                try:
+                    launching.send_signal(member.pid, member.start_ticks, signal)
+                except OSError as error:
+                    logger.warning("signal=%d pid=%d failed: %s", signal, member.pid, error)
+
+        await self._do(send, len(members))
 
     async def set_oom_score(
         self, members: Sequence[Member], score: int | Mapping[int, int]
     ) -> dict[int, int]:
         """See ``ports.Trees``. Members that are gone, or may not be changed, are not in the result."""
-        old = {}
-        for member in members:
-            wanted = score if isinstance(score, int) else score.get(member.pid)
-            if wanted is not None:
-                before = proc.set_oom_score(member.pid, member.start_ticks, wanted)
-                if before is not None:
-                    old[member.pid] = before
-        return old
+
+        def write() -> dict[int, int]:
+            old = {}
+            for member in members:
+                wanted = score if isinstance(score, int) else score.get(member.pid)
+                if wanted is not None:
+                    before = proc.set_oom_score(member.pid, member.start_ticks, wanted)
+                    if before is not None:
+                        old[member.pid] = before
+            return old
+
+        return await self._do(write, len(members))
 
     def _files(self, tree_id: str) -> TreeFiles:
         """Raises InvalidRequest for an id that could lead elsewhere."""
         if not _TREE_ID.fullmatch(tree_id):
             raise errors.InvalidRequest(f"{tree_id!r} is not a tree id")
         return TreeFiles(self._root / tree_id)
-
-
-def _walk_up(pid: int, roots: Mapping[tuple[int, int], str]) -> str | None:
-    """What ``roots``, by pid and start time, says of the process or of its nearest ancestor that is in it."""
-    while stat := proc.read_stat(pid):
-        if (tree_id := roots.get((pid, stat.start_ticks))) is not None:
-            return tree_id
-        pid = stat.ppid
-    return None
-
-
-def _read_again(stats: Mapping[int, proc.Stat]) -> dict[int, proc.Stat]:
-    """The same processes as they are now, less those that are gone."""
-    now = {pid: proc.read_stat(pid) for pid in stats}
-    return {
-        pid: stat
-        for pid, stat in now.items()
-        if stat and stat.start_ticks == stats[pid].start_ticks
-    }
-
-
-def _add_group(stats: dict[int, proc.Stat], group: Path) -> None:
-    """Adds the members of a group, until it has no new ones: then every child of a stopped member is there."""
-    known = set(stats)
-    for _ in range(_MAX_GROUP_READS):
-        new = [pid for pid in cgroups.pids(group) if pid not in known]
-        if not new:
-            return
-        known.update(new)
-        stats.update((pid, stat) for pid in new if (stat := proc.read_stat(pid)))
-
-
-def _halted(stats: Mapping[int, proc.Stat]) -> set[int]:
-    """Those that execute nothing: stopped, or waiting in vfork for a child that is halted itself."""
-    halted = {pid for pid, stat in stats.items() if stat.is_stopped}
-    waiting = {p for p, stat in stats.items() if stat.state == "D" and proc.waits_in_vfork(p)}
-    for _ in waiting:  # a vfork child may itself wait for one
-        halted.update(s.ppid for s in stats.values() if s.pid in halted and s.ppid in waiting)
-    return halted
-
-
-def _member(stat: proc.Stat, stopped: bool) -> Member | None:
-    """None for what is gone or a zombie."""
-    ruid = proc.ruid(stat.pid) if stat.is_alive else None
-    if ruid is None:
-        return None
-    return Member(
-        pid=stat.pid,
-        start_ticks=stat.start_ticks,
-        ruid=ruid,
-        stopped=stopped,
-        zombie=False,
-    )
 
 
 async def _readable(fd: int) -> None:

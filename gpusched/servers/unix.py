@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import socket
-import stat
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -31,11 +30,16 @@ from gpusched.engine.model import Caller
 from gpusched.protocol import messages as m
 from gpusched.protocol.codec import LineBuffer, LineTooLong
 from gpusched.protocol.methods import METHODS
+from gpusched.servers.binding import bind
 
 log = logging.getLogger(__name__)
 
 #: Connections that one ordinary user may hold: enough for every lease, too few to use up our descriptors.
 CONNECTIONS_PER_UID: Final = 256
+#: Of these, how many may be reading a log, with all of its answer in our memory.
+LOG_READERS_PER_UID: Final = 2
+#: Characters of a log that are encoded at a time.
+_PIECE: Final = 65536
 #: A client that does not read its answers for this long is cut off.
 WRITE_TIMEOUT_S: Final = 60.0
 EVENT_QUEUE: Final = 1000
@@ -64,6 +68,7 @@ class UnixServer:
         self._logs = logs
         self._ids = itertools.count(1)
         self._per_uid: Counter[int] = Counter()
+        self._log_turns: dict[int, asyncio.Semaphore] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -112,6 +117,7 @@ class UnixServer:
             self._per_uid[caller.uid] -= 1
             if not self._per_uid[caller.uid]:
                 del self._per_uid[caller.uid]
+                self._log_turns.pop(caller.uid, None)
             self._engine.core.post(ConnectionClosed(connection=caller.connection))
             self._connections.discard(task)
             writer.close()
@@ -138,6 +144,7 @@ class UnixServer:
             for line in lines:
                 if not await self._serve(line, reader, writer, caller):
                     return
+                await asyncio.sleep(0)  # thousands of short lines must not keep others waiting
 
     async def _serve(
         self,
@@ -181,7 +188,10 @@ class UnixServer:
         return not streaming
 
     async def _send(self, writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-        writer.write(encode(message))
+        await self._write(writer, encode(message))
+
+    async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        writer.write(data)
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await writer.drain()
 
@@ -200,11 +210,15 @@ class UnixServer:
             raise errors.NotFound(
                 f"{process.name} was adopted: its output goes where it went before, not to a log of ours"
             )
-        lines, offset = await self._logs.tail(
-            process.log_path, process.uid, params.lines, only_whole=params.follow
-        )
-        result = {"name": process.name, "lines": lines, "output": "\n".join(lines)}
-        await self._send(writer, {"ok": True, "result": result, **echo})
+        turns = self._log_turns.setdefault(caller.uid, asyncio.Semaphore(LOG_READERS_PER_UID))
+        async with turns:
+            lines, offset = await self._logs.tail(
+                process.log_path, process.uid, params.lines, only_whole=params.follow
+            )
+            data = await asyncio.to_thread(_log_answer, process.name, lines, echo)
+            del lines
+            await self._write(writer, data)
+            del data
         if not params.follow:
             return
         node, tree_id = self._engine.core.node, process.tree_id
@@ -241,6 +255,7 @@ class UnixServer:
         async def send_all() -> None:
             async for item in items:
                 await self._send(writer, item)
+                await asyncio.sleep(0)  # a log that grows fast must not keep others waiting
 
         sending = asyncio.ensure_future(send_all())
         hang_up = asyncio.ensure_future(until_closed(reader))
@@ -272,6 +287,27 @@ def encode(message: dict[str, Any]) -> bytes:
     except (UnicodeEncodeError, OverflowError, TypeError):
         # Half a surrogate pair or a huge integer, which a client sent and wants back.
         return json.dumps(message, default=str).encode() + b"\n"
+
+
+def _log_answer(name: str, lines: list[str], echo: dict[str, Any]) -> bytes:
+    """For a thread, and so in pieces: one call for a large log would keep the interpreter from everybody else."""
+    quoted = [_quoted(line) for line in lines]
+    output = b"\\n".join(text[1:-1] for text in quoted)
+    rest = encode(echo).strip()[1:-1]
+    return b'{"ok":true,"result":{"name":%b,"lines":[%b],"output":"%b"}%b}\n' % (
+        _quoted(name),
+        b",".join(quoted),
+        output,
+        b"," + rest if rest else b"",
+    )
+
+
+def _quoted(text: str) -> bytes:
+    """``text`` as JSON."""
+    if len(text) <= _PIECE:
+        return msgspec.json.encode(text)
+    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
+    return b'"%b"' % b"".join(msgspec.json.encode(piece)[1:-1] for piece in pieces)
 
 
 def parse(line: bytes) -> dict[str, Any]:
@@ -338,57 +374,3 @@ def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, found, ctypes.byref(size)):
         raise OSError(ctypes.get_errno(), "getsockopt(SO_PEERGROUPS)")
     return tuple(found[: size.value // 4])
-
-
-def bind(path: Path) -> socket.socket:
-    """A bound socket that every user may connect to (who they are decides what they may do).
-
-    Raises Unavailable when a live daemon serves the path. In a world-writable directory any user may have put a
-    socket or a link there: what does not answer as root or as us is removed. Anything else is somebody's file.
-    """
-    if len(os.fsencode(path)) > 107:
-        raise errors.InvalidRequest(f"the socket path is longer than 107 bytes: {path}")
-    if owner_answers(path):
-        raise errors.Unavailable(
-            f"a daemon serves {path} already; stop it, or choose another with --socket"
-        )
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old = os.umask(0o111)
-    try:
-        remove_stale(path)
-        server.bind(str(path))
-    except OSError as error:
-        server.close()
-        raise errors.Unavailable(
-            f"cannot listen at {path}: {error.strerror}; choose another path with --socket"
-        ) from error
-    except BaseException:
-        server.close()
-        raise
-    finally:
-        os.umask(old)
-    return server
-
-
-def remove_stale(path: Path) -> None:
-    """Raises Unavailable for what is neither a socket nor a link, OSError for what is not ours to remove."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
-        raise errors.Unavailable(f"{path} is not a socket; it was left as it is")
-    path.unlink()
-
-
-def owner_answers(path: Path) -> bool:
-    """Whether root or we listen at ``path`` now."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return False
-        uid: int = struct.unpack("3i", raw)[1]
-        return uid in (0, os.geteuid())

@@ -36,6 +36,10 @@ do(cuda.cuInit(0))
 device = do(cuda.cuDeviceGet(0))
 do(cuda.cuCtxSetCurrent(do(cuda.cuDevicePrimaryCtxRetain(device))))
 contents = random.Random(7).randbytes(size)
+if kind == "nvml":
+    import pynvml
+    pynvml.nvmlInit()
+    pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
 if kind == "managed":
     memory = do(cuda.cuMemAllocManaged(size, cuda.CUmemAttach_flags.CU_MEM_ATTACH_GLOBAL))
 else:
@@ -132,10 +136,11 @@ def test_it_describes_the_gpus(driver: CudaDriver) -> None:
     assert set(usage.gpus) == {gpu.uuid for gpu in about.gpus}
 
 
+@pytest.mark.parametrize("kind", ["plain", "nvml"])
 def test_freeze_and_thaw_keep_the_contents(
-    driver: CudaDriver, start: Callable[..., Target]
+    driver: CudaDriver, start: Callable[..., Target], kind: str
 ) -> None:
-    target = start()
+    target = start(kind)
     assert state(driver, target.pid) is DriverState.RUNNING
     assert sum(driver.usage().processes[target.pid].values()) > VRAM_BYTES
 

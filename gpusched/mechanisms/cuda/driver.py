@@ -245,8 +245,8 @@ class CudaDriver:
     def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
         """Blocks for at most a quarter of a second: a process that does not answer by then is CHANGING.
 
-        A stopped process cannot answer at all: CHECKPOINTED is told from /proc; of one that still holds the GPU
-        nobody can say whether it is locked, so it is UNKNOWN until it is continued.
+        A stopped process cannot answer at all: CHECKPOINTED is told from /proc; of one whose CUDA still holds the
+        GPU nobody can say whether it is locked, so it is UNKNOWN until it is continued.
         """
         found: dict[int, DriverState] = {}
         questions: dict[int, _Question] = {}
@@ -275,10 +275,10 @@ class CudaDriver:
                 return DriverState.CHANGING
         if letter not in {"T", "t"}:
             return None
-        holds_gpu, has_cuda = _traces(pid)
-        if holds_gpu:
+        is_on_gpu, has_threads = _traces(pid)
+        if is_on_gpu:
             return DriverState.UNKNOWN
-        return DriverState.CHECKPOINTED if has_cuda else DriverState.NONE
+        return DriverState.CHECKPOINTED if has_threads else DriverState.NONE
 
     def _ask(self, pid: int) -> _Question:
         """A question that is still unanswered is shared, so that a process which hangs costs one thread."""
@@ -315,11 +315,10 @@ class CudaDriver:
 
 
 def _traces(pid: int) -> tuple[bool, bool]:
-    """Whether a process holds a GPU, and whether it has threads of the CUDA driver. Unreadable counts as both."""
+    """Whether CUDA holds a GPU for a process, and whether it has the driver's threads. Unreadable counts as both."""
     try:
-        return preflight.read_links(pid).holds_gpu, preflight.has_thread(
-            pid, _DRIVER_THREADS
-        ) is not None
+        is_on_gpu = preflight.read_links(pid).holds_uvm
+        return is_on_gpu, preflight.has_thread(pid, _DRIVER_THREADS) is not None
     except PermissionError:
         return True, True
     except OSError:

@@ -10,6 +10,7 @@ and may be forced. Runs at every freeze, so a thing is read only when it can sti
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Final, Protocol
 from gpusched.ports import Obstacle
 
 _DEVICES: Final = "/dev/nvidia"
+#: Only CUDA opens it. NVML, which most PyTorch programs open too, keeps the other devices through a checkpoint.
+_UVM: Final = "/dev/nvidia-uvm"
 _SEGMENT: Final = "/dev/shm/cuda.shm."  # noqa: S108 - the driver's own name, only ever compared
 _UVM_LINE_END: Final = b" /dev/nvidia-uvm\n"
 _NCCL_SEGMENT: Final = b" /dev/shm/nccl-"
@@ -27,6 +30,7 @@ _NCCL_THREADS: Final = (b"pt_nccl", b"NCCL ")
 _MPS_DIRECTORY: Final = "/tmp/nvidia-mps"  # noqa: S108 - where MPS listens when nothing else is said
 _MPS_PID_FILE: Final = "nvidia-cuda-mps-control.pid"
 _STOPPED: Final = frozenset({"T", "t"})
+_MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 
 _NCCL_WAY_OUT: Final = (
     "destroy the communicators first (torch.distributed.destroy_process_group), or start it with "
@@ -54,7 +58,8 @@ class Node(Protocol):
 class Links:
     """What the descriptors of a process point to, as far as it matters here."""
 
-    holds_gpu: bool
+    holds_gpu: bool  # by CUDA or by NVML
+    holds_uvm: bool  # by CUDA, and not checkpointed
     segments: frozenset[
         str
     ]  # the driver's shared memory, made when memory is exported by legacy IPC
@@ -80,7 +85,7 @@ class Signs:
 
 def parse_links(targets: Iterable[str]) -> Links:
     """The targets of /proc/PID/fd/*."""
-    holds_gpu = False
+    holds_gpu = holds_uvm = False
     segments, sockets = set[str](), set[bytes]()
     for target in targets:
         if target.startswith("socket:["):
@@ -89,7 +94,13 @@ def parse_links(targets: Iterable[str]) -> Links:
             segments.add(target.removesuffix(" (deleted)"))
         elif target.startswith(_DEVICES):
             holds_gpu = True
-    return Links(holds_gpu=holds_gpu, segments=frozenset(segments), sockets=frozenset(sockets))
+            holds_uvm |= target == _UVM
+    return Links(
+        holds_gpu=holds_gpu,
+        holds_uvm=holds_uvm,
+        segments=frozenset(segments),
+        sockets=frozenset(sockets),
+    )
 
 
 def parse_environ(data: bytes) -> dict[str, str]:
@@ -152,12 +163,15 @@ def nccl_is_safe(environ: Mapping[str, str]) -> bool:
 
 
 def _read(path: str) -> bytes:
-    """The whole of a kernel file."""
+    """The whole of a kernel file, but for one that a hostile process made endless. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        parts = []
+        parts, size = list[bytes](), 0
         while part := os.read(fd, 1 << 20):
             parts.append(part)
+            size += len(part)
+            if size > _MAX_FILE_BYTES:
+                raise OSError(errno.EFBIG, f"{path} is longer than that of any honest process")
         return b"".join(parts)
     finally:
         os.close(fd)
