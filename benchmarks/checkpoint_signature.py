@@ -358,7 +358,6 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--budget", type=float, default=270.0)
     chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
     study = Study(
         chosen.out / f"checkpoint_signature-{time.strftime('%Y%m%d-%H%M%S')}.json", chosen.budget
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gc
 import logging
@@ -48,7 +49,6 @@ SHUTDOWN_TIMEOUT_S: Final = 80.0
 #: How long the helper may take to end after that. It finishes its calls in any case, and the next daemon waits for it.
 HELPER_END_S: Final = 3.0
 OLD_HELPERS_S: Final = 120.0
-DEFAULT_RAM_SHARE: Final = 0.8
 
 
 def main(settings: Settings) -> int:
@@ -91,14 +91,19 @@ async def _run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
-    settings.log_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    try:
+        own_directory(settings.log_dir, 0o711)
+    except OSError as error:
+        raise errors.Unavailable(
+            f"cannot use the log directory {settings.log_dir}: {error.strerror}; choose another with --log-dir"
+        ) from error
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
     trees = TreeKeeper(settings.state_dir)
     backend = "sim" if settings.backend == "sim" else "cuda"
     mark = await _after_old_helpers(settings.state_dir)
     driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
     description = await _describe(driver, settings, backend)
-    limits = _limits(settings, host.ram().total_bytes, backend)
+    limits = _limits(settings, backend)
 
     path = settings.state_dir / "journal"
     memory = _remember(path, backend)
@@ -241,13 +246,12 @@ def sim_directory(state_dir: Path) -> Path:
     return Path("/dev/shm") / f"gpusched-sim-{os.geteuid()}-{tag}"  # noqa: S108 - made safely by the backend
 
 
-def _limits(settings: Settings, ram_bytes: int, backend: str) -> Limits:
+def _limits(settings: Settings, backend: str) -> Limits:
     forced = (
         {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
     )
-    budget = settings.ram_budget_bytes
     return Limits(
-        ram_budget_bytes=int(ram_bytes * DEFAULT_RAM_SHARE) if budget is None else budget,
+        ram_budget_bytes=settings.ram_budget_bytes,
         disk_budget_bytes=settings.disk_budget_bytes,
         log_dir=settings.log_dir,
         lock_timeout_s=settings.lock_timeout_s,
@@ -284,7 +288,7 @@ def _announce(settings: Settings, description: Description, processes: int) -> N
 def _only_daemon(state_dir: Path) -> Iterator[None]:
     """Holds the state directory for this daemon alone. Raises Unavailable when another one has it."""
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_directory(state_dir, 0o700)
         fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise errors.Unavailable(
@@ -299,6 +303,21 @@ def _only_daemon(state_dir: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    finally:
+        os.close(fd)
+
+
+def own_directory(path: Path, mode: int) -> None:
+    """Makes ``path``, or takes what is there: ours, and from now on with ``mode``. Raises OSError.
+
+    Whoever owned it, or could write in it, could put files there that we trust.
+    """
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+        os.fchmod(fd, mode)
     finally:
         os.close(fd)
 

@@ -102,7 +102,10 @@ def private_daemon(backend: str, gpu: str | None) -> Iterator[GpuSched]:
     command += ["--backend", backend, "--state-dir", str(base / "state")]
     command += ["--log-dir", str(base / "log")] + (["--sim-vram", gpu] if gpu else [])
     with (base / "daemon.log").open("wb") as log:
-        daemon = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
+        # A ctrl-C is for us alone: the daemon must be there to end what it runs.
+        daemon = subprocess.Popen(
+            command, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not socket.exists():

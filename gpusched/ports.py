@@ -147,7 +147,6 @@ class Member:
     start_ticks: int
     ruid: int
     stopped: bool
-    zombie: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

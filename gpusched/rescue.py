@@ -109,7 +109,7 @@ def _require_trusted(directory: Path) -> None:
     The name comes from the target's environment. Whoever owns what it names, or may rename something on the way
     there, could have the simulated driver remove and write files with our rights.
     """
-    pattern = re.compile(rf"/dev/shm/gpusched-sim-{os.geteuid()}-[0-9a-f]{{8}}")
+    pattern = re.compile(rf"/dev/shm/gpusched-sim-{os.geteuid()}-[0-9a-f]{{8}}")  # noqa: S108 - compared
     try:
         found = directory.lstat()
     except OSError as error:

@@ -93,7 +93,7 @@ class World:
 
     async def members(self, tree_id: str, main: Identity) -> list[Member]:
         return [
-            Member(pid=pid, start_ticks=1, ruid=0, stopped=stopped, zombie=False)
+            Member(pid=pid, start_ticks=1, ruid=0, stopped=stopped)
             for pid, stopped in self.stopped.items()
         ]
 

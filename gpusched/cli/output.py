@@ -67,10 +67,6 @@ def print_result(verb: str, rest: str, result: dict[str, Any], *, colour: str = 
     click.echo(f"{style(verb, fg=colour, bold=True)} {clean(rest)}{mark}")
 
 
-def print_note(text: str) -> None:
-    click.echo(f"{style('note:', fg='yellow')} {clean(text)}", err=True)
-
-
 def print_error(error: GpuschedError, *, hint: str | None) -> None:
     """The error on stderr: ``error: ...`` and perhaps ``hint: ...``; after --json one JSON object instead."""
     context = click.get_current_context(silent=True)

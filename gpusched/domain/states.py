@@ -91,8 +91,6 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
 
 #: A move is under way: exactly one ``DONE``, ``ROLLED_BACK`` or ``LOST`` will follow.
 MOVING: Final = frozenset({_S.FREEZING, _S.THAWING})
-#: The processes of the tree exist.
-ALIVE: Final = frozenset(_S) - {_S.DEAD}
 
 
 class InvalidTransition(Exception):

@@ -19,6 +19,8 @@ from gpusched.units import GIB, format_size
 #: Host RAM that a freeze leaves to everybody else: the larger of 1 GiB and 2 % of the machine.
 RESERVE_BYTES: Final = GIB
 RESERVE_SHARE: Final = 0.02
+#: Processes of one ordinary user, those included that have ended and keep their names.
+ENTRIES_PER_UID: Final = 1000
 
 
 def require_owner(caller: Caller | None, process: Process) -> None:
@@ -28,6 +30,18 @@ def require_owner(caller: Caller | None, process: Process) -> None:
     raise errors.PermissionDenied(
         f"{process.name} belongs to uid {process.uid}; you are uid {caller.uid}"
     )
+
+
+def require_few(caller: Caller, processes: Iterable[Process]) -> None:
+    """Raises Unavailable when an ordinary user has as many entries as one may: each costs memory and files of ours."""
+    if caller.privileged:
+        return
+    own = sum(p.uid == caller.uid for p in processes)
+    if own >= ENTRIES_PER_UID:
+        raise errors.Unavailable(
+            f"uid {caller.uid} has {own} processes already, those that have ended included; "
+            "gpusched kill the ones that you no longer need"
+        )
 
 
 def require_healthy_tree(process: Process, facts: TreeFacts) -> None:

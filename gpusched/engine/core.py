@@ -38,13 +38,16 @@ from gpusched.ports import (
 log = logging.getLogger(__name__)
 
 RECENT_EVENTS: Final = 20
+#: The RAM budget where none was set.
+RAM_SHARE: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the daemon was told to keep to. Bytes and seconds."""
 
-    ram_budget_bytes: int
+    #: None: a share of the RAM that the host has at the moment; a virtual machine's may grow.
+    ram_budget_bytes: int | None
     disk_budget_bytes: int
     log_dir: Path
     lock_timeout_s: float
@@ -194,6 +197,11 @@ class Core:
     async def _watch(self, tree_id: str, main: Identity) -> None:
         status = await self.ports.trees.wait_exit(tree_id, main)
         self.post(Exited(tree_id=tree_id, status=status))
+
+    def ram_budget_bytes(self) -> int:
+        """What snapshots may take of host RAM in all."""
+        fixed = self.limits.ram_budget_bytes
+        return int(self.ports.host.ram().total_bytes * RAM_SHARE) if fixed is None else fixed
 
     def snapshots_bytes(self) -> int:
         """VRAM contents that lie in host RAM."""

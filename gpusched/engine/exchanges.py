@@ -37,9 +37,7 @@ _CAN_COME_ON: Final = (_S.FROZEN, _S.FAILED)
 
 
 class Exchanges:
-    """Handles the operations whose ``kind`` is in KINDS."""
-
-    KINDS: Final = frozenset({"freeze", "thaw", "swap", "migrate", "acquire"})
+    """Handles the operations ``freeze``, ``thaw``, ``swap``, ``migrate`` and ``acquire``."""
 
     def __init__(self, core: Core, leases: Leases) -> None:
         self._core = core
@@ -56,6 +54,8 @@ class Exchanges:
                 raise errors.ProcessExited(
                     f"{process.name} has ended; its log is still there (gpusched logs {process.name})"
                 )
+        if isinstance(op.params, m.Acquire) and op.params.for_s is not None:
+            self._leases.require_few(processes[0])
         off, on = self._sides(op, processes)
         for process in off:
             self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))
@@ -167,7 +167,7 @@ class Exchanges:
             facts,
             promised_bytes=sum(p.host_bytes for p in promises),
             snapshots_bytes=self._core.snapshots_bytes(),
-            budget_bytes=self._core.limits.ram_budget_bytes,
+            budget_bytes=self._core.ram_budget_bytes(),
         )
         short = admission.shortages(off, on, facts, promises)
         if short:
@@ -288,6 +288,7 @@ class Exchanges:
             vram=process.vram,
             oom_scores=process.oom_scores,
             moved=process.moved,
+            uid=process.uid,
         )
         begun = self._core.monotonic_s
         report = await self._core.mover.run(tree, order.move, order.gpu_map)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from gpusched import errors
 from gpusched.engine.core import Core
 from gpusched.engine.model import Caller, Lease, Process, TimedLease
+
+#: Timed leases of one process: all of them are in each of its journal records.
+TIMED_LEASES: Final = 64
 
 
 class Leases:
@@ -41,12 +44,23 @@ class Leases:
             {"leases": len(others) + len(timed), "expires_in_s": left_s},
         )
 
+    def require_few(self, process: Process) -> None:
+        """Raises Unavailable when the clock holds as many leases on ``process`` as one process may have."""
+        count = sum(t.expires_unix_s > self._core.unix_s for t in process.timed_leases)
+        if count >= TIMED_LEASES:
+            raise errors.Unavailable(
+                f"{process.name} has {count} timed leases already; gpusched release {process.name}"
+            )
+
     def grant(self, process: Process, caller: Caller | None, for_s: float | None) -> dict[str, Any]:
         """Gives a lease on an active process; the caller's connection holds it, or the clock does."""
         assert caller is not None
         lease_id = uuid.uuid4().hex[:12]
         now = self._core.unix_s
         if for_s is None:
+            for held in self._core.node.leases.values():
+                if (held.tree_id, held.connection) == (process.tree_id, caller.connection):
+                    return {"lease": held.lease_id, "expires_s": None}  # once is enough
             self._core.node.leases[lease_id] = Lease(
                 lease_id=lease_id,
                 tree_id=process.tree_id,

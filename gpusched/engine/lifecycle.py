@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gpusched import errors
 from gpusched.domain.states import ProcState, Trigger
-from gpusched.engine.admission import require_owner
+from gpusched.engine.admission import require_few, require_owner
 from gpusched.engine.core import Core
 from gpusched.engine.events import Exited, Killed, Launched
 from gpusched.engine.leases import Leases
@@ -52,6 +52,8 @@ class Lifecycle:
         if isinstance(params, m.Run):
             require_runnable(params)
         replaced = self._replaceable(op, params.name)
+        if replaced is None:
+            require_few(op.caller, self._core.node.processes.values())
         now = self._core.unix_s
         tree_id = uuid.uuid4().hex[:16]
         if replaced is not None:

@@ -52,6 +52,7 @@ class Tree:
     vram: Mapping[str, int]
     oom_scores: Mapping[int, int]
     moved: Mapping[int, dict[str, str]] = field(default_factory=dict)
+    uid: int = 0  # nobody else's processes are stopped; 0: root's tree, which may hold anybody's
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +121,8 @@ class Mover:
 
         Raises DeadlineExceeded when that does not happen.
         """
-        deadline = self._clock.monotonic_s() + SETTLE_TIMEOUT_S
+        patience_s = max(SETTLE_TIMEOUT_S, deadline_for(sum(tree.vram.values())))
+        deadline = self._clock.monotonic_s() + patience_s
         while True:
             members = await self._trees.members(tree.tree_id, tree.main)
             states = await self._driver.states([m.pid for m in members])
@@ -128,7 +130,7 @@ class Mover:
                 return members, states
             if self._clock.monotonic_s() > deadline:
                 raise errors.DeadlineExceeded(
-                    f"the driver has been changing the state of {tree.tree_id} for {SETTLE_TIMEOUT_S:.0f} s"
+                    f"the driver has been changing the state of {tree.tree_id} for {patience_s:.0f} s"
                 )
             await asyncio.sleep(0.05)
 
@@ -297,6 +299,10 @@ class _Work:
         for _ in range(MAX_ROUNDS * 100):
             members = await self._trees.members(self._tree.tree_id, self._tree.main)
             running = [m for m in members if not m.stopped]
+            if foreign := [m.pid for m in running if self._tree.uid not in (0, m.ruid)]:
+                raise errors.PermissionDenied(
+                    f"pids {foreign} have become another user's meanwhile"
+                )
             if running:
                 await self._trees.signal(running, signal.SIGSTOP)
                 if self._mover._clock.monotonic_s() > deadline:
@@ -325,9 +331,11 @@ class _Work:
         if not members:
             raise self._gone()
         scores = self._tree.oom_scores if self.oom_scores is None else self.oom_scores
-        await self._trees.set_oom_score(
-            members, {m.pid: scores[m.pid] for m in members if m.pid in scores}
-        )
+        if scores:
+            # What was born while it was frozen (its owner may continue it) must not keep the protection.
+            usual = scores.get(self._tree.main.pid, 0)
+            wanted = {m.pid: scores.get(m.pid, usual) for m in members}
+            await self._trees.set_oom_score(members, wanted)
         for _ in range(MAX_ROUNDS):
             stopped = [m for m in members if m.stopped]
             if not stopped:

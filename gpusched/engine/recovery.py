@@ -275,4 +275,5 @@ def tree_of(process: Process) -> Tree:
         vram=process.vram,
         oom_scores=process.oom_scores,
         moved=process.moved,
+        uid=process.uid,
     )

@@ -130,7 +130,7 @@ def _memory(core: Core) -> types.MemoryStatus:
     return {
         "host_ram_total_mb": ram.total_bytes // MIB,
         "host_ram_free_mb": ram.available_bytes // MIB,
-        "host_ram_budget_mb": core.limits.ram_budget_bytes // MIB,
+        "host_ram_budget_mb": core.ram_budget_bytes() // MIB,
         "snapshots_mb": core.snapshots_bytes() // MIB,
         "disk_used_mb": 0,
         "disk_budget_mb": core.limits.disk_budget_bytes // MIB,

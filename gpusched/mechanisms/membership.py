@@ -78,5 +78,4 @@ def member(stat: proc.Stat, stopped: bool) -> Member | None:
         start_ticks=stat.start_ticks,
         ruid=ruid,
         stopped=stopped,
-        zombie=False,
     )

@@ -43,30 +43,18 @@ EXIT_RECORD_BYTES = 128
 class Task:
     """What to start; the fields are those of ``ports.Launch``. (A dataclass would cost 10 ms of imports.)"""
 
-    __slots__ = ("argv", "boot_id", "cgroup", "cwd", "env", "gid", "groups", "log_path", "uid")
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    uid: int
+    gid: int
+    groups: list[int]
+    log_path: str
+    cgroup: str | None
+    boot_id: str
 
-    def __init__(
-        self,
-        *,
-        argv: list[str],
-        env: dict[str, str],
-        cwd: str,
-        uid: int,
-        gid: int,
-        groups: list[int],
-        log_path: str,
-        cgroup: str | None,
-        boot_id: str,
-    ) -> None:
-        self.argv = argv
-        self.env = env
-        self.cwd = cwd
-        self.uid = uid
-        self.gid = gid
-        self.groups = groups
-        self.log_path = log_path
-        self.cgroup = cgroup
-        self.boot_id = boot_id
+    def __init__(self, **fields: object) -> None:
+        self.__dict__.update(fields)
 
 
 class StartFailed(Exception):
@@ -79,8 +67,7 @@ class StartFailed(Exception):
 
 
 def main() -> None:
-    _name, tree, lock, report = sys.argv[1:]
-    lock_fd, report_fd = int(lock), int(report)
+    tree, lock_fd, report_fd = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     task = Task(**marshal.load(sys.stdin.buffer))  # noqa: S302 - from the daemon, through a pipe
     if os.fork() == 0:
         os.chdir(tree)
@@ -188,19 +175,13 @@ def keep_previous_log(path: str, new: str) -> None:
     """The command runs already, so a failure here is noted (supervisor.log) and changes nothing."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, previous_name(path))
+            owner, previous = os.lstat(path).st_uid, f"{path}.1"
+            if os.path.lexists(previous) and os.lstat(previous).st_uid != owner:
+                previous += f".{owner}"  # that one is another user's, who had the name before
+            os.rename(path, previous)
         os.rename(new, path)
     except OSError as error:
         complain(f"log stays at {new}: {error}")
-
-
-def previous_name(path: str) -> str:
-    """``PATH.1``, or one with the owner in it where that would overwrite the log of another user of the name."""
-    name, owner = f"{path}.1", os.lstat(path).st_uid
-    with contextlib.suppress(FileNotFoundError):
-        if os.lstat(name).st_uid != owner:
-            return f"{name}.{owner}"
-    return name
 
 
 def become_command(task: Task, log_fd: int, go_fd: int, status_fd: int) -> None:
@@ -294,8 +275,7 @@ def record_exit(fd: int, status: int) -> None:
 def end_rest(task: Task) -> None:
     """SIGTERM to every process that is left, SIGKILL after the grace period; returns when none is left.
 
-    Stopped ones get SIGKILL at once: they could not act on anything else. What has become another user's (by su, for
-    one) is waited for.
+    Stopped ones get SIGKILL at once: they could not act on anything else. What is another user's is waited for.
     """
     deadline = time.monotonic() + GRACE_S
     told: set[tuple[int, int]] = set()
@@ -303,20 +283,18 @@ def end_rest(task: Task) -> None:
     while reap():
         late = time.monotonic() >= deadline
         rest = descendants(os.getpid())
-        if late and task.cgroup and all(is_owned(pid, task.uid) for pid, _, _ in rest):
+        if late and task.cgroup and all(task.uid in (0, owner) for _, _, _, owner in rest):
             write_file(f"{task.cgroup}/cgroup.kill", "1")
-        kill = [(p, t, signal.SIGKILL) for p, t, stopped in rest if late or stopped]
-        ask = [(p, t, signal.SIGTERM) for p, t, _ in rest if not late and (p, t) not in told]
-        told.update((p, t) for p, t, _ in ask)
-        send_as_user(task, kill + ask)
+        due: list[tuple[int, int, int]] = []
+        for pid, ticks, stopped, _ in rest:
+            if late or stopped:
+                due.append((pid, ticks, signal.SIGKILL))
+            elif (pid, ticks) not in told:
+                told.add((pid, ticks))
+                due.append((pid, ticks, signal.SIGTERM))
+        send_as_user(task, due)
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, 5.0 if time.monotonic() > deadline + GRACE_S else 0.5)
-
-
-def is_owned(pid: int, uid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return uid == 0 or os.stat(f"/proc/{pid}").st_uid == uid  # noqa: PTH116
-    return True
 
 
 def send_as_user(task: Task, signals: list[tuple[int, int, int]]) -> None:
@@ -324,21 +302,14 @@ def send_as_user(task: Task, signals: list[tuple[int, int, int]]) -> None:
 
     The child is not waited for, since the user may stop it: then it is one more of the rest.
     """
-    if task.uid == os.geteuid():
-        send_signals(signals)
-        return
     with contextlib.suppress(OSError):  # no process left: the next round tries again
         if signals and os.fork() == 0:
             try:
                 drop_privileges(task)
-                send_signals(signals)
+                for pid, ticks, number in signals:
+                    send_signal(pid, ticks, number)
             finally:
                 os._exit(0)
-
-
-def send_signals(signals: list[tuple[int, int, int]]) -> None:
-    for pid, ticks, number in signals:
-        send_signal(pid, ticks, number)
 
 
 def reap() -> bool:
@@ -361,31 +332,29 @@ def send_signal(pid: int, ticks: int, number: int) -> None:
             os.close(fd)
 
 
-def descendants(root: int) -> list[tuple[int, int, bool]]:
-    """(pid, start ticks, stopped) of all below ``root``, from one look at /proc; see also ``proc.py``."""
-    children: dict[int, list[tuple[int, int, bool]]] = {}
+def descendants(root: int) -> list[tuple[int, int, bool, int]]:
+    """(pid, start ticks, stopped, owner) of all below ``root``, from one look at /proc; see also ``proc.py``."""
+    children: dict[int, list[tuple[int, int, bool, int]]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
-                state, parent, ticks = read_stat(int(entry))
-                children.setdefault(parent, []).append((int(entry), ticks, state == b"T"))
-    found = list(children.get(root, ()))
-    for process in found:  # grows while it is read
-        found.extend(children.get(process[0], ()))
-    return found
+                state, parent, ticks, owner = read_stat(int(entry))
+                found = (int(entry), ticks, state == b"T", owner)
+                children.setdefault(parent, []).append(found)
+    below = list(children.get(root, ()))
+    for process in below:  # grows while it is read
+        below.extend(children.get(process[0], ()))
+    return below
 
 
-# -- files and words ----------------------------------------------------------------------------------------
-
-
-def read_stat(pid: int) -> tuple[bytes, int, int]:
-    """(state, parent, start ticks). The command name before them may hold anything, also ``)``."""
+def read_stat(pid: int) -> tuple[bytes, int, int, int]:
+    """(state, parent, start ticks, owner). The name before them may hold anything, also ``)``."""
     fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     try:
         fields = os.read(fd, 1024).rpartition(b")")[2].split()
+        return fields[0], int(fields[1]), int(fields[19]), os.fstat(fd).st_uid
     finally:
         os.close(fd)
-    return fields[0], int(fields[1]), int(fields[19])
 
 
 def identity_record(pid: int, boot_id: str) -> bytes:
@@ -418,9 +387,7 @@ def write_file(path: str, text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Into supervisor.log."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - into supervisor.log
 
 
 def send_report(fd: int, report: tuple[int | str, ...]) -> None:
