@@ -91,12 +91,7 @@ async def _run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
-    try:
-        own_directory(settings.log_dir, 0o711)
-    except OSError as error:
-        raise errors.Unavailable(
-            f"cannot use the log directory {settings.log_dir}: {error.strerror}; choose another with --log-dir"
-        ) from error
+    own_directory(settings.log_dir, 0o711, "log", "--log-dir")
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
     trees = TreeKeeper(settings.state_dir)
     backend = "sim" if settings.backend == "sim" else "cuda"
@@ -288,7 +283,7 @@ def _announce(settings: Settings, description: Description, processes: int) -> N
 def _only_daemon(state_dir: Path) -> Iterator[None]:
     """Holds the state directory for this daemon alone. Raises Unavailable when another one has it."""
     try:
-        own_directory(state_dir, 0o700)
+        own_directory(state_dir, 0o700, "state", "--state-dir")
         fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise errors.Unavailable(
@@ -307,19 +302,24 @@ def _only_daemon(state_dir: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def own_directory(path: Path, mode: int) -> None:
-    """Makes ``path``, or takes what is there: ours, and from now on with ``mode``. Raises OSError.
+def own_directory(path: Path, mode: int, what: str, option: str) -> None:
+    """Makes ``path``, or takes what is there: ours, and from now on with ``mode``. Raises Unavailable.
 
     Whoever owned it, or could write in it, could put files there that we trust.
     """
-    path.mkdir(mode=mode, parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-        os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise errors.Unavailable(
+            f"cannot use the {what} directory {path}: {error.strerror}; choose another with {option}"
+        ) from error
 
 
 def _raise_descriptor_limit() -> None:

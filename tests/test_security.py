@@ -255,6 +255,7 @@ def test_a_set_uid_descendant_is_not_stopped(daemon: PrivateDaemon, become_root:
     assert f"pid {foreign}" in denied_text
     assert not is_stopped(foreign) and not is_stopped(pid)
     assert state(daemon, "x") == "active"
+    os.kill(foreign, 9)  # nobody else will
     own = subprocess.Popen(["sh", "-c", script], user=MALLORY, group=MALLORY, cwd="/")
     try:
         wait_until(

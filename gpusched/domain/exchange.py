@@ -84,6 +84,8 @@ class Exchange:
             case Phase.UNDO_ON:
                 # What could not be frozen again still holds the room that UNDO_OFF needs; it is tried all the same.
                 self._lost |= not all_done
+                stayed = {t for t, o in self._ended.items() if o is Outcome.ROLLED_BACK}
+                self._went_off = tuple(t for t in self._went_off if t not in stayed)
                 return self._enter(Phase.UNDO_OFF)
             case _:
                 self._lost |= not all_done

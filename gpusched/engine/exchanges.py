@@ -54,8 +54,8 @@ class Exchanges:
                 raise errors.ProcessExited(
                     f"{process.name} has ended; its log is still there (gpusched logs {process.name})"
                 )
-        if isinstance(op.params, m.Acquire) and op.params.for_s is not None:
-            self._leases.require_few(processes[0])
+        if isinstance(op.params, m.Acquire) and op.caller is not None:
+            self._leases.require_few(processes[0], op.caller.connection)
         off, on = self._sides(op, processes)
         for process in off:
             self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))

@@ -14,8 +14,8 @@ from gpusched import errors
 from gpusched.engine.core import Core
 from gpusched.engine.model import Caller, Lease, Process, TimedLease
 
-#: Timed leases of one process: all of them are in each of its journal records.
-TIMED_LEASES: Final = 64
+#: Of one process, by the clock (all of these are in each of its journal records), and of one connection on it.
+MAX_LEASES: Final = 64
 
 
 class Leases:
@@ -44,12 +44,16 @@ class Leases:
             {"leases": len(others) + len(timed), "expires_in_s": left_s},
         )
 
-    def require_few(self, process: Process) -> None:
-        """Raises Unavailable when the clock holds as many leases on ``process`` as one process may have."""
-        count = sum(t.expires_unix_s > self._core.unix_s for t in process.timed_leases)
-        if count >= TIMED_LEASES:
+    def require_few(self, process: Process, connection: int) -> None:
+        """Raises Unavailable when the clock, or this connection, has as many leases on ``process`` as it may."""
+        timed = sum(t.expires_unix_s > self._core.unix_s for t in process.timed_leases)
+        held = sum(
+            (lease.tree_id, lease.connection) == (process.tree_id, connection)
+            for lease in self._core.node.leases.values()
+        )
+        if max(timed, held) >= MAX_LEASES:
             raise errors.Unavailable(
-                f"{process.name} has {count} timed leases already; gpusched release {process.name}"
+                f"{process.name} has {max(timed, held)} leases already; gpusched release {process.name}"
             )
 
     def grant(self, process: Process, caller: Caller | None, for_s: float | None) -> dict[str, Any]:
@@ -58,9 +62,6 @@ class Leases:
         lease_id = uuid.uuid4().hex[:12]
         now = self._core.unix_s
         if for_s is None:
-            for held in self._core.node.leases.values():
-                if (held.tree_id, held.connection) == (process.tree_id, caller.connection):
-                    return {"lease": held.lease_id, "expires_s": None}  # once is enough
             self._core.node.leases[lease_id] = Lease(
                 lease_id=lease_id,
                 tree_id=process.tree_id,

@@ -332,8 +332,7 @@ class _Work:
             raise self._gone()
         scores = self._tree.oom_scores if self.oom_scores is None else self.oom_scores
         if scores:
-            # What was born while it was frozen (its owner may continue it) must not keep the protection.
-            usual = scores.get(self._tree.main.pid, 0)
+            usual = scores.get(self._tree.main.pid, 0)  # of those born while it was frozen
             wanted = {m.pid: scores.get(m.pid, usual) for m in members}
             await self._trees.set_oom_score(members, wanted)
         for _ in range(MAX_ROUNDS):

@@ -112,7 +112,9 @@ def pids(path: Path) -> list[int]:
     """The processes of a group; empty when it cannot be read."""
     parts = []
     try:
-        fd = os.open(f"{path}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)  # a third of what open() costs
+        fd = os.open(
+            f"{path}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC
+        )  # a third of what open() costs
         try:
             while part := os.read(fd, 65536):
                 parts.append(part)
