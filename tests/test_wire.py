@@ -385,3 +385,14 @@ def test_the_original_sdk_is_told_why_a_thaw_does_not_fit(daemon: PrivateDaemon)
         sdk.thaw("reward")
     assert state(daemon, "reward") == "frozen"
     assert sdk.gpu_free_mb(0) == 4
+
+
+def test_status_is_whole_whatever_id_is_to_be_echoed(daemon: PrivateDaemon) -> None:
+    """An id that strict JSON cannot carry goes another way; the processes must not get lost on it."""
+    with Line(daemon.socket) as line:
+        line.result("run", name="echoed", cmd=["sleep", "60"])
+        line.send_bytes(b'{"method":"status","id":"\\ud800"}\n')
+        answer = line.read()
+        line.result("kill", name="echoed")
+    assert answer["id"] == "\ud800"
+    assert "echoed" in [p["name"] for p in answer["result"]["processes"]]

@@ -117,6 +117,8 @@ class Core:
         self.surveyor = Surveyor(ports.driver, ports.trees, ports.host, ports.clock)
         self.sampler = Sampler(ports.driver, ports.trees, ports.clock, tasks)
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        #: Events handled so far: while it stands still, so does everything that is known.
+        self.handled = 0
         self.journal_is_behind = False
         self._tasks = tasks
         self._op_ids = itertools.count(1)

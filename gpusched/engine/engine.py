@@ -135,6 +135,7 @@ class Engine:
                 # A defect must not stop the daemon: the operation it hit ends with an error.
                 log.exception("event failed event=%r", event)
                 self._abandon(event, error)
+            self.core.handled += 1
             if self._closing and not self.core.node.operations:
                 self._idle.set()
             if self.after_event is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final, cast
+
+from msgspec import Raw, json
 
 from gpusched import types
 from gpusched.domain.states import ProcState, tier_of
@@ -13,14 +16,22 @@ from gpusched.engine.model import Process
 from gpusched.engine.survey import Sample
 from gpusched.units import MIB, format_age, mib
 
+#: How old the list of processes may be when nothing has happened since: only the ages in it move on.
+LIST_AGE_S: Final = 0.1
+
 
 class Reporter:
-    """Makes the result of ``status``. Clients poll it, so what a record of a process says is rendered once."""
+    """Makes the result of ``status``. Clients poll it, so nothing is rendered again while it says the same.
+
+    The list of processes is kept, encoded, until an event is handled (all that changes the node is one), a new
+    sample of VRAM comes or LIST_AGE_S have passed; what a record of a process says, until the record changes.
+    """
 
     def __init__(self, core: Core, version: str) -> None:
         self._core = core
         self._version = version
         self._rendered: dict[str, tuple[Process, types.ProcessStatus]] = {}
+        self._list: tuple[tuple[int, float], float, Raw] | None = None
 
     def status(self, sample: Sample) -> types.Status:
         """The node as it is now; ``sample`` is the VRAM as last seen."""
@@ -35,7 +46,7 @@ class Reporter:
         }
         return {
             "gpus": _gpus(core, sample),
-            "processes": self._processes(sample),
+            "processes": cast("list[types.ProcessStatus]", self._encoded_processes(sample)),
             "memory": _memory(core),
             "metrics": _metrics(core),
             "recent_events": list(core.events.recent),
@@ -43,6 +54,13 @@ class Reporter:
             "version": self._version,
             "pid": os.getpid(),
         }
+
+    def _encoded_processes(self, sample: Sample) -> Raw:
+        """The list as JSON: 500 processes cost milliseconds to list and as much again to encode."""
+        key, now_s = (self._core.handled, sample.taken_s), self._core.monotonic_s
+        if self._list is None or self._list[0] != key or now_s - self._list[1] > LIST_AGE_S:
+            self._list = key, now_s, Raw(json.encode(self._processes(sample)))
+        return self._list[2]
 
     def _processes(self, sample: Sample) -> list[types.ProcessStatus]:
         core, now = self._core, self._core.unix_s

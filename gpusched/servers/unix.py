@@ -286,7 +286,11 @@ def encode(message: dict[str, Any]) -> bytes:
         return msgspec.json.encode(message) + b"\n"
     except (UnicodeEncodeError, OverflowError, TypeError):
         # Half a surrogate pair or a huge integer, which a client sent and wants back.
-        return json.dumps(message, default=str).encode() + b"\n"
+        return json.dumps(message, default=_plain).encode() + b"\n"
+
+
+def _plain(value: object) -> Any:
+    return json.loads(bytes(value)) if isinstance(value, msgspec.Raw) else str(value)
 
 
 def _log_answer(name: str, lines: list[str], echo: dict[str, Any]) -> bytes:
