@@ -58,9 +58,8 @@ def main(settings: Settings) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    sys.setswitchinterval(
-        0.0005
-    )  # short turns: the loop must not wait for a thread that reads /proc
+    # Short turns: the loop must not wait for a thread that reads /proc.
+    sys.setswitchinterval(0.0005)
     _raise_descriptor_limit()
     try:
         with _only_daemon(settings.state_dir):

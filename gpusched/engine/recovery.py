@@ -13,6 +13,7 @@ An exchange that had not ended is then undone whole, unless it had come to its g
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,6 +62,15 @@ def replay(records: Iterable[Mapping[str, Any]]) -> Remembered:
     return memory
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """One process as it was found; without members there is nothing to bring to a settled state."""
+
+    process: Process
+    members: Sequence[Member] | None = None
+    states: Mapping[int, DriverState] = field(default_factory=dict)
+
+
 class Recovery:
     """One pass, before the engine runs."""
 
@@ -78,27 +88,35 @@ class Recovery:
     async def recover(self, memory: Remembered) -> list[Process]:
         """The processes as they truly are. Blocks for as long as half-done moves take to finish or undo."""
         await self._add_leftovers(memory)
-        looked: list[tuple[Process, list[Member], dict[int, DriverState]]] = []
-        ended: list[Process] = []
-        for process in memory.processes.values():
-            if process.state is _S.DEAD:
-                ended.append(process)
-            elif process.main is None or not await self._trees.is_alive(process.main):
-                gone = await self._after_end(process)
-                ended += [gone] if gone is not None else []
-            else:
-                if process.state is _S.STARTING:  # the daemon died while it adopted it
-                    process = self._begun(process, process.main)
-                try:
-                    looked.append((process, *await self._mover.settle(tree_of(process))))
-                except errors.GpuschedError as error:
-                    ended.append(self._broken(process, f"cannot be looked at: {error}"))
-        recovered = [await self._reconcile(*entry) for entry in looked]
-        by_id = {p.tree_id: p for p in (*recovered, *ended)}
+        # At the same time: one that does not settle must not hold up the others. Moves come one after another.
+        found = await asyncio.gather(*(self._look(p) for p in memory.processes.values()))
+        recovered = [
+            await self._reconcile(look.process, look.members, look.states)
+            if look.members is not None
+            else look.process
+            for look in found
+            if look is not None
+        ]
+        by_id = {p.tree_id: p for p in recovered}
         for operation in memory.operations.values():
             await self._undo_operation(operation, by_id)
             await self._note_gpus(operation, by_id)
         return list(by_id.values())
+
+    async def _look(self, process: Process) -> _Look | None:
+        """What is there of one process; None for one that never began. Acts on nothing."""
+        if process.state is _S.DEAD:
+            return _Look(process=process)
+        if process.main is None or not await self._trees.is_alive(process.main):
+            gone = await self._after_end(process)
+            return _Look(process=gone) if gone is not None else None
+        if process.state is _S.STARTING:  # the daemon died while it adopted it
+            process = self._begun(process, process.main)
+        try:
+            members, states = await self._mover.settle(tree_of(process))
+        except errors.GpuschedError as error:
+            return _Look(process=self._broken(process, f"cannot be looked at: {error}"))
+        return _Look(process=process, members=members, states=states)
 
     async def _add_leftovers(self, memory: Remembered) -> None:
         """Trees that live by their supervisors' own records: all of them when the journal is lost."""
