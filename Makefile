@@ -46,8 +46,10 @@ check: $(READY) ## ruff, its formatter, mypy --strict and the architecture's con
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(READY) ## every test with its full counts, the slow ones too
-	GPUSCHED_SOAK=1 $(PYTEST) -m "slow or not slow" $(ARGS)
+soak: $(READY) ## every test with its full counts, the slow ones too; keeps the result
+	@rm -f .soak.xml
+	-GPUSCHED_SOAK=1 $(PYTEST) -m "slow or not slow" --junitxml=.soak.xml $(ARGS)
+	$(BIN)/python scripts/soak_result.py .soak.xml
 
 bench: $(READY) ## freeze, thaw and cold start, measured beside the bare driver (needs a GPU)
 	$(BIN)/python benchmarks/freeze_thaw.py $(ARGS)
