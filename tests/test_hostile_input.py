@@ -67,6 +67,10 @@ def hostile(rng: random.Random) -> bytes:
     # A method with parameters that it must refuse: no process has such a name.
     method = rng.choice(sorted(set(METHODS) - {"status", "subscribe"}))
     name = rng.choice([*_VALUES, "nobody", "no.body-1"])
+    if (
+        method == "adopt"
+    ):  # its name is taken for as long as its pid is looked for: nobody else asks for this one
+        name = "nobody-adopts"
     params: dict[str, Any] = {"name": name, "off": name, "on": name}
     for key in rng.sample(["gpu", "gpus", "force", "evict", "lines", "for_s", "copies"], 3):
         params[key] = rng.choice(_VALUES)
