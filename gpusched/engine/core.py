@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,7 +131,12 @@ class Core:
     def spawn(
         self, work: Coroutine[Any, Any, None], name: str, op_id: str | None = None
     ) -> asyncio.Task[None]:
-        """Starts ``work``; when it ends by a defect, the operation ``op_id`` ends with it, and nothing else does."""
+        """Starts ``work``; when it ends by a defect, the operation ``op_id`` ends with it, and nothing else does.
+
+        Tasks begin in the order of their making. What is recorded in the journal relies on it: records are made
+        here and appended before the task awaits anything else, so that their order is that of the decisions. (The
+        first record of a new entry may come later: nothing else is recorded of it before.)
+        """
         return self._tasks.create_task(self._contain(work, op_id), name=name)
 
     async def _contain(self, work: Coroutine[Any, Any, None], op_id: str | None) -> None:
@@ -176,7 +181,7 @@ class Core:
         del self.node.processes[tree_id]
         self.drop_leases(lambda lease_tree, _: lease_tree == tree_id)
 
-    def drop_leases(self, matches: Any) -> int:
+    def drop_leases(self, matches: Callable[[str, int], bool]) -> int:
         """Ends the connection-bound leases for which ``matches(tree_id, connection)``; returns how many."""
         gone = [k for k, v in self.node.leases.items() if matches(v.tree_id, v.connection)]
         for key in gone:
@@ -190,6 +195,15 @@ class Core:
             for p in self.node.processes.values()
             if p.main is not None and p.state is not ProcState.DEAD
         }
+
+    def uuids(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """The GPUs of these indices, as people count them. Raises InvalidRequest for one that is not there."""
+        by_index = {g.index: g.uuid for g in self.gpus.values()}
+        if unknown := [i for i in indices if i not in by_index]:
+            raise errors.InvalidRequest(
+                f"no GPU {unknown[0]}; there are GPUs {', '.join(map(str, sorted(by_index)))}"
+            )
+        return tuple(by_index[i] for i in indices)
 
     def watch(self, process: Process) -> None:
         """Posts Exited when the main process of a live tree ends."""

@@ -104,19 +104,14 @@ class Exchanges:
             raise errors.Unsupported(
                 f"this driver ({self._core.description.driver_version}) cannot move a process to another GPU; 580 can"
             )
-        wanted = params.gpus if params.gpus is not None else [params.gpu]
-        by_index = {g.index: g.uuid for g in self._core.gpus.values()}
-        if unknown := [i for i in wanted if i not in by_index]:
-            raise errors.InvalidRequest(
-                f"no GPU {unknown[0]}; there are GPUs {', '.join(map(str, sorted(by_index)))}"
-            )
-        target = [by_index[i] for i in wanted if i is not None]
+        asked = [params.gpu] if params.gpu is not None else []
+        target = self._core.uuids(asked if params.gpus is None else params.gpus)
         if len(target) != len(process.gpus):
             raise errors.InvalidRequest(
                 f"{process.name} uses {len(process.gpus)} GPU(s); name as many targets "
                 f"(gpusched migrate {process.name} --to A,B)"
             )
-        if tuple(target) == process.gpus:
+        if target == process.gpus:
             return None
         try:
             return permutation(list(self._core.gpus), process.gpus, target)

@@ -94,14 +94,9 @@ class Lifecycle:
 
     def _gpus(self, params: m.Run) -> tuple[str, ...]:
         wanted = params.gpus if params.gpus is not None else [params.gpu]
-        by_index = {g.index: g.uuid for g in self._core.gpus.values()}
-        if unknown := [i for i in wanted if i not in by_index]:
-            raise errors.InvalidRequest(
-                f"no GPU {unknown[0]}; there are GPUs {', '.join(map(str, sorted(by_index)))}"
-            )
         if len(set(wanted)) != len(wanted):
             raise errors.InvalidRequest("a GPU is named twice")
-        return tuple(by_index[i] for i in wanted)
+        return self._core.uuids(wanted)
 
     async def _run(self, op: Operation, process: Process, replaced: Process | None) -> None:
         assert op.caller is not None
