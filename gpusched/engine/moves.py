@@ -173,14 +173,6 @@ class _Work:
         self.moved = dict(tree.moved)
         #: States that the driver has just confirmed by doing what we asked: not asked for again before ``verify``.
         self._told: dict[int, DriverState] = {}
-        self._steps: dict[Op, Callable[[], Awaitable[None]]] = {
-            Op.LOCK: self._lock,
-            Op.UNLOCK: self._unlock,
-            Op.CHECKPOINT: self._checkpoint,
-            Op.RESTORE: self._restore,
-            Op.STOP: self._stop,
-            Op.CONTINUE: self._continue,
-        }
 
     def left_behind(self) -> Tree:
         """The tree as this pass leaves it, for the one that takes it back."""
@@ -191,7 +183,7 @@ class _Work:
         """One step; what it raised is returned, unless the driver says that the step was done all the same."""
         started = self._mover._clock.monotonic_s()
         try:
-            await self._steps[op]()
+            await _STEPS[op](self)
         except errors.GpuschedError as error:
             return await self._explain(op, error)
         finally:
@@ -398,3 +390,14 @@ class _Work:
         return errors.DriverError(
             f"the driver says {listed}; expected {wanted}", {"states": dict(states)}
         )
+
+
+#: Beside the class: a table of bound methods in each object would be garbage that only a full collection finds.
+_STEPS: Final[Mapping[Op, Callable[[_Work], Awaitable[None]]]] = {
+    Op.LOCK: _Work._lock,
+    Op.UNLOCK: _Work._unlock,
+    Op.CHECKPOINT: _Work._checkpoint,
+    Op.RESTORE: _Work._restore,
+    Op.STOP: _Work._stop,
+    Op.CONTINUE: _Work._continue,
+}
