@@ -1,61 +1,51 @@
-"""Freeze, thaw and cold start of the workload: through gpusched, by the bare driver calls, and by fresh processes.
+"""VRAM to host RAM and back: gpusched beside every other way to do it, at several sizes.
 
-    python benchmarks/freeze_thaw.py [--sizes 1.4,3.6,15] [--runs 3] [--out DIR] [--backend cuda|sim]
+    python benchmarks/freeze_thaw.py [--sizes 1.5,3.6,15] [--once 40] [--runs 3] [--ways gpusched,bare,...] [--out DIR]
 
-For each size (decimal GB) and way: freeze and thaw, wall time as a client sees it, median of the runs with minimum and
-maximum; the contents are recomputed from VRAM after every thaw. Host RAM is touched once before, and every process is
-frozen and thawed once before it is measured. "bare" are the driver's calls from one long-lived process; "fresh" the
-same calls with a process started for each action. With ``--backend sim`` it tries itself out and says so in every
-line: those figures mean nothing.
+The ways, of which the first three act on the same process, the shipped workload, by turns:
+
+- ``gpusched``: a client's freeze and thaw; the sizes of ``--once`` are measured in this way alone, and once;
+- ``bare``: the driver's calls from one long-lived process;
+- ``fresh``: the same calls, with a process started for each action (``one_call.py``);
+- ``torch_memory_saver`` and ``torch_memory_saver_kept``, ``to_cpu``, ``pinned``: see ``torch_peer.py``.
+
+Sizes are decimal GB of contents; times are wall times as the caller sees them. The contents are digested on the GPU
+after every run. Host RAM is touched once before, and every way goes once over a small process. What cannot be tried is
+in the result with its reason. The result is saved after every run, so that one that is cut off keeps what it has.
+``--rehearse`` tries everything out on simulated GPUs, says so in every line, and is never among the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import machine
+import torch_peer
 
 from gpusched.client import GpuSched
 from gpusched.demo import digests, private_daemon, wait_for_lines
 from gpusched.mechanisms.cuda.driver import CudaDriver
+from gpusched.units import MIB
 
-ONE_CALL = Path(__file__).resolve().parent / "one_call.py"
-Timed = tuple[float, dict[str, Any]]
-
-
-class Target:
-    """One workload under the daemon, and what its contents should be."""
-
-    def __init__(self, client: GpuSched, gigabytes: float) -> None:
-        self.client, self.name = client, f"w{gigabytes:g}"
-        size = f"{gigabytes * 1e9 / 2**20:.0f}M"
-        command = [sys.executable, "-m", "gpusched.workload", "--vram", size]
-        begun = time.monotonic()
-        self.pid = client.run(self.name, command)["pid"]
-        self.digest = wait_for_lines(client, self.name, 1)[0][1]
-        self.cold_ms = (time.monotonic() - begun) * 1000
-        wait_for_lines(client, self.name, 3)
-
-    def verify(self) -> None:
-        """Two new ticks, with the digest of the beginning. Raises where the contents have changed."""
-        lines = wait_for_lines(self.client, self.name, len(digests(self.client, self.name)) + 2)
-        wrong = [d for _, d in lines if d != self.digest]
-        if wrong:
-            raise SystemExit(f"{self.name}: contents changed: {wrong[0]} instead of {self.digest}")
-
-
-def timed(act: Callable[[], Any]) -> Timed:
-    begun = time.monotonic()
-    result = act()
-    return (time.monotonic() - begun) * 1000, result if isinstance(result, dict) else {}
+HERE = Path(__file__).resolve().parent
+DRIVER_WAYS = ("gpusched", "bare", "fresh")
+WAYS = (*DRIVER_WAYS, *torch_peer.WAYS)
+WARM_UP_GB = 0.2
+#: What a CUDA context and the workload's kernels take beside the contents, generously.
+CONTEXT_MIB = 1024
+PEER_LIMIT_S = 300.0
+Act = Callable[[], Any]
 
 
 class Bare:
@@ -76,104 +66,205 @@ class Bare:
 
 
 def fresh(action: str, pid: int) -> None:
-    subprocess.run([sys.executable, "-I", "-S", str(ONE_CALL), action, str(pid)], check=True)
+    command = [sys.executable, "-I", "-S", str(HERE / "one_call.py"), action, str(pid)]
+    subprocess.run(command, check=True, timeout=120)
 
 
-def measure(
-    target: Target, freeze: Callable[[], Any], thaw: Callable[[], Any], runs: int
-) -> dict[str, Any]:
-    """``runs`` rounds of freeze, thaw, verify."""
-    rows: dict[str, list[float]] = {"freeze_ms": [], "thaw_ms": []}
-    extra: dict[str, list[float]] = {"freeze_over_driver_ms": [], "thaw_over_driver_ms": []}
-    for _ in range(runs):
-        off, on = timed(freeze), timed(thaw)
-        target.verify()
-        for verb, (took, result) in (("freeze", off), ("thaw", on)):
-            rows[f"{verb}_ms"].append(took)
-            if "driver_ms" in result:
-                extra[f"{verb}_over_driver_ms"].append(took - result["driver_ms"])
-    every = rows | {k: v for k, v in extra.items() if v}
-    return {k: machine.summary(v) | {"all": [round(x, 1) for x in v]} for k, v in every.items()}
+class Target:
+    """One workload under the daemon, what its contents should be, and how each way moves it."""
+
+    def __init__(self, client: GpuSched, gigabytes: float, bare: Bare | None) -> None:
+        self.client, self.name = client, f"w{gigabytes:g}"
+        size = f"{max(1, round(gigabytes * 1e9 / MIB))}M"
+        command = [sys.executable, "-m", "gpusched.workload", "--vram", size]
+        pid = self.pid = client.run(self.name, command)["pid"]
+        self.digest = wait_for_lines(client, self.name, 1)[0][1]
+        self.acts: dict[str, tuple[Act, Act]] = {
+            "gpusched": (lambda: client.freeze(self.name), lambda: client.thaw(self.name)),
+            "fresh": (lambda: fresh("freeze", pid), lambda: fresh("thaw", pid)),
+        }
+        if bare is not None:
+            self.acts["bare"] = (lambda: bare.freeze(pid), lambda: bare.thaw(pid))
+
+    def is_right(self) -> bool:
+        """Waits for two new looks at VRAM (the first may have begun before the freeze): both as in the beginning?"""
+        lines = wait_for_lines(self.client, self.name, len(digests(self.client, self.name)) + 2)
+        return all(digest == self.digest for _, digest in lines)
+
+    def run(self, way: str) -> dict[str, Any]:
+        """One freeze and one thaw in this way."""
+        freeze, thaw = self.acts[way]
+        freeze_ms, off = timed(freeze)
+        off_mib = machine.used_mib()
+        thaw_ms, on = timed(thaw)
+        row = {"freeze_ms": freeze_ms, "thaw_ms": thaw_ms, "off_mib": off_mib}
+        if "driver_ms" in off:
+            row |= {"driver_freeze_ms": off["driver_ms"], "driver_thaw_ms": on["driver_ms"]}
+            row |= {"vram_mib": off["mem_mb"]}
+        return row | {"right": self.is_right()}
 
 
-def one_size(client: GpuSched, gigabytes: float, runs: int, bare: Bare | None) -> dict[str, Any]:
-    target = Target(client, gigabytes)
-    name, pid = target.name, target.pid
-    result: dict[str, Any] = {"gigabytes": gigabytes, "cold_start_ms": [round(target.cold_ms, 1)]}
-    result["vram_mib"] = client.freeze(name)[
-        "mem_mb"
-    ]  # the warm-up, of all ways: it is one process
-    client.thaw(name)
-    target.verify()
-    result["gpusched"] = measure(
-        target, lambda: client.freeze(name), lambda: client.thaw(name), runs
-    )
-    if bare is not None:
-        result["bare"] = measure(target, lambda: bare.freeze(pid), lambda: bare.thaw(pid), runs)
-        result["fresh"] = measure(
-            target, lambda: fresh("freeze", pid), lambda: fresh("thaw", pid), runs
+def timed(act: Act) -> tuple[float, dict[str, Any]]:
+    begun = time.monotonic()
+    result = act()
+    took_ms = round((time.monotonic() - begun) * 1000, 2)
+    return took_ms, result if isinstance(result, dict) else {}
+
+
+class Session:
+    """The result as it grows: noted, shown and saved after every run."""
+
+    def __init__(self, out: Path | None, *, rehearsal: bool) -> None:
+        self.result = machine.new_result("freeze_thaw", rehearsal=rehearsal)
+        self.result |= {"rows": [], "skipped": [], "idle_mib": machine.used_mib()}
+        self.rehearsal, self.out = rehearsal, out
+        self.name = machine.file_name(self.result)
+
+    def note(self, gigabytes: float, way: str, run: dict[str, Any]) -> None:
+        """Adds one run. Ends the program where the contents were wrong: no figure counts then."""
+        rows = self.result["rows"]
+        found = [row for row in rows if (row["gigabytes"], row["way"]) == (gigabytes, way)]
+        if not found:
+            found = [{"gigabytes": gigabytes, "way": way, "runs": []}]
+            rows.append(found[0])
+        found[0]["runs"].append(run)
+        self.say(
+            f"{gigabytes:6g} GB  {way:24} freeze {run['freeze_ms']:9.1f} ms  thaw {run['thaw_ms']:9.1f} ms"
+            f"  {'right' if run['right'] else 'WRONG'}"
         )
-    client.kill(name)
-    for _ in range(runs - 1):
-        again = Target(client, gigabytes)
-        result["cold_start_ms"].append(round(again.cold_ms, 1))
-        client.kill(name)
-    return result
+        self.save()
+        if not run["right"]:
+            raise SystemExit(f"{way} at {gigabytes:g} GB: the contents changed")
+
+    def skip(self, way: str, why: str, gigabytes: float | None = None) -> None:
+        self.result["skipped"].append({"way": way, "gigabytes": gigabytes, "why": why})
+        size = "" if gigabytes is None else f" at {gigabytes:g} GB"
+        self.say(f"skipped {way}{size}: {why}")
+        self.save()
+
+    def say(self, text: str) -> None:
+        print(f"{'SIMULATED  ' if self.rehearsal else ''}{text}", flush=True)
+
+    def save(self) -> Path:
+        return machine.save(self.name, self.result, self.out)
 
 
-def show(results: list[dict[str, Any]], note: str) -> None:
-    print(
-        f"\n{'GB':>5} {'way':10} {'freeze ms':>22} {'thaw ms':>22} {'over the driver':>18}  {note}"
-    )
-    for row in results:
-        for way in ("gpusched", "bare", "fresh"):
-            if way not in row:
+# -- the driver's ways ----------------------------------------------------------------------------
+
+
+def fits(session: Session, client: GpuSched, gigabytes: float) -> bool:
+    free_mib = client.gpu_free_mb(0)
+    need_mib = round(gigabytes * 1e9 / MIB) + (0 if session.rehearsal else CONTEXT_MIB)
+    if need_mib > free_mib:
+        session.skip("gpusched", f"needs {need_mib} MiB of VRAM, {free_mib} are free", gigabytes)
+    return need_mib <= free_mib
+
+
+def driver_ways(session: Session, options: argparse.Namespace, ways: Sequence[str]) -> None:
+    """All sizes in the ways that act on a process of ours, by turns, so that a slow drift meets all of them."""
+    sizes = [(size, options.runs, ways) for size in options.sizes]
+    if "gpusched" in ways:
+        sizes += [(size, 1, ["gpusched"]) for size in options.once]
+    backend = "sim" if session.rehearsal else "cuda"
+    room = f"{round(max(size for size, _, _ in sizes) * 1.2e9 / MIB) + 512}M"
+    with private_daemon(backend, room if session.rehearsal else None) as client:
+        bare = Bare() if "bare" in ways else None
+        if not fits(session, client, WARM_UP_GB):
+            return
+        warm_up = Target(client, WARM_UP_GB, bare)
+        for way in ways:
+            warm_up.run(way)
+        client.kill(warm_up.name)
+        for size, runs, these in sizes:
+            if not fits(session, client, size):
                 continue
-            cells = [
-                "{median:.0f} ({min:.0f}-{max:.0f})".format(**row[way][f"{verb}_ms"])
-                for verb in ("freeze", "thaw")
-            ]
-            over = [
-                f"{row[way][key]['median']:.1f}"
-                for key in ("freeze_over_driver_ms", "thaw_over_driver_ms")
-                if key in row[way]
-            ]
-            print(
-                f"{row['gigabytes']:5g} {way:10} {cells[0]:>22} {cells[1]:>22} {' / '.join(over):>18}"
-            )
-        cold = machine.summary(row["cold_start_ms"])
-        print(
-            f"{row['gigabytes']:5g} cold start {cold['median']:.0f} ms ({cold['min']:.0f}-{cold['max']:.0f})"
-        )
+            target = Target(client, size, bare)
+            for _ in range(runs):
+                for way in these:
+                    session.note(size, way, target.run(way))
+            client.kill(target.name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="1.4,3.6,15", help="decimal GB of VRAM")
+# -- PyTorch's ways -------------------------------------------------------------------------------
+
+
+def torch_way(session: Session, options: argparse.Namespace, way: str) -> None:
+    """All sizes in one of ``torch_peer.py``'s ways, in a process that has the GPU for itself."""
+    sizes = ",".join(f"{size:g}" for size in options.sizes)
+    command = [options.torch_python, str(HERE / "torch_peer.py"), way, "--sizes", sizes]
+    command += ["--runs", str(options.runs), *(["--rehearse"] if session.rehearsal else [])]
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as peer,
+    ):
+        watchdog = threading.Timer(PEER_LIMIT_S, peer.kill)
+        watchdog.start()
+        try:
+            assert peer.stdout is not None
+            for line in peer.stdout:
+                found = json.loads(line)
+                if "skipped" in found:
+                    session.skip(way, found["skipped"])
+                else:
+                    session.note(found.pop("gigabytes"), way, found)
+            code = peer.wait()  # it has closed its output, or the watchdog will end it
+        finally:
+            watchdog.cancel()
+            peer.kill()
+        if code:
+            complaints.seek(0)
+            last = (complaints.read().strip().splitlines() or ["no complaint"])[-1]
+            session.skip(way, f"ended with {code}: {last}")
+
+
+# -- all ------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[float]:
+    return sorted(float(part) for part in text.split(",") if part)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", type=numbers, default="1.5,3.6,15", help="decimal GB of VRAM")
+    parser.add_argument("--once", type=numbers, default="40", help="more sizes, gpusched alone")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--backend", choices=("cuda", "sim"), default="cuda")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="an interpreter that has PyTorch"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--rehearse", action="store_true", help="simulated; needs --out")
     options = parser.parse_args()
-    sizes = [float(s) for s in options.sizes.split(",")]
-    simulated = options.backend == "sim"
-    touched = 0.0 if simulated else machine.touch_ram(int(max(sizes) * 2.2e9) + 4 * 2**30)
-    result: dict[str, Any] = {
-        "benchmark": "freeze_thaw",
-        "simulated": simulated,
-        "machine": machine.describe(),
-        "ram_touched_s": touched,
-        "sizes": [],
-    }
-    label = "sim" if simulated else result["machine"]["gpus"][0]["name"].replace(" ", "-").lower()
-    path = machine.RESULTS
-    with private_daemon(options.backend, f"{max(sizes) * 1.2 * 1e9 / 2**20:.0f}M") as client:
-        bare = None if simulated else Bare()
-        for size in sizes:
-            result["sizes"].append(one_size(client, size, options.runs, bare))
-            path = machine.save(f"freeze_thaw-{label}", result, options.out)
-    show(result["sizes"], "SIMULATED: these figures mean nothing" if simulated else label)
-    print(f"saved {path}")
+    options.ways = options.ways.split(",")
+    if unknown := set(options.ways) - set(WAYS):
+        parser.error(f"no such way: {', '.join(unknown)}")
+    if options.rehearse and options.out is None:
+        parser.error("a rehearsal is never among the results: give --out")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    session = Session(options.out, rehearsal=options.rehearse)
+    ways = [way for way in DRIVER_WAYS if way in options.ways]
+    if options.rehearse:
+        for way in [w for w in ways if w != "gpusched"]:
+            session.skip(way, "the bare calls need a real driver")
+        ways = ["gpusched"] if "gpusched" in ways else []
+    else:
+        once = options.once if "gpusched" in ways else []
+        # Twice the contents where the process and its snapshot exist side by side: PyTorch's ways.
+        need = max(2.2 * max(options.sizes, default=0), 1.1 * max(once, default=0))
+        session.result["ram_touched"] = machine.touch_ram(int(need * 1e9) + 2 * 2**30)
+    if ways and (options.sizes or options.once):
+        driver_ways(session, options, ways)
+    for way in torch_peer.WAYS:
+        if way in options.ways and options.sizes:
+            torch_way(session, options, way)
+    session.say(f"saved {machine.short(session.save())}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

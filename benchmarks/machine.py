@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +16,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Whose versions a result depends on.
+PACKAGES = (
+    "cuda-bindings",
+    "nvidia-ml-py",
+    "torch",
+    "transformers",
+    "safetensors",
+    "torch-memory-saver",
+)
+#: Of the RAM that is touched: at a time, and what stays free for others.
+_PART_BYTES = 1 << 30
+_LEAVE_BYTES = 3 << 30
 
 
 def describe() -> dict[str, Any]:
@@ -27,7 +40,7 @@ def describe() -> dict[str, Any]:
         "transparent_hugepage": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "shmem_enabled": _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("cuda-bindings", "nvidia-ml-py", "torch")},
+        "packages": {name: _version(name) for name in PACKAGES},
         "gpus": [],
     }
     try:
@@ -46,17 +59,38 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def touch_ram(size_bytes: int) -> float:
-    """Touches that much host RAM once and gives it back; returns the seconds it took, about one for each 3 GB.
+def used_mib(index: int = 0) -> int:
+    """VRAM in use on a GPU, whoever holds it, as NVML counts it. 0 where there is no NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) >> 20
+    except Exception:  # noqa: BLE001 - a machine without a GPU has none in use
+        return 0
+
+
+def touch_ram(size_bytes: int) -> dict[str, float]:
+    """Touches that much host RAM once and gives it back; about one second for each 3 GB. Says how much, and how long.
 
     A virtual machine's first touch of a page asks its host for it, far slower than any later one. On one thread: a
-    machine that is given its memory as it asks for it can be asked too fast, and ends the program instead.
+    machine that is given its memory as it asks for it can be asked too fast, and ends the program instead. Stops
+    early where little is left, looking anew before each part, since such a machine's memory grows meanwhile.
     """
     begun = time.monotonic()
-    with mmap.mmap(-1, size_bytes) as memory:
-        for offset in range(0, size_bytes, mmap.PAGESIZE):
-            memory[offset] = 1
-    return round(time.monotonic() - begun, 1)
+    parts: list[mmap.mmap] = []
+    while len(parts) * _PART_BYTES < size_bytes:
+        if _meminfo()["MemAvailable"] < _PART_BYTES + _LEAVE_BYTES:
+            break
+        part = mmap.mmap(-1, _PART_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        parts.append(part)
+        for offset in range(0, _PART_BYTES, mmap.PAGESIZE):
+            part[offset] = 1
+    for part in parts:
+        part.close()
+    took_s = round(time.monotonic() - begun, 1)
+    return {"gib": len(parts) * _PART_BYTES / 2**30, "seconds": took_s}
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -69,13 +103,37 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def new_result(benchmark: str, *, rehearsal: bool) -> dict[str, Any]:
+    """What every result begins with. A rehearsal's figures mean nothing, and ``save`` keeps them out of the results."""
+    return {"benchmark": benchmark, "rehearsal": rehearsal, "machine": describe()}
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """Benchmark, GPU and minute: results of several runs lie beside each other."""
+    where = [gpu["name"] for gpu in result["machine"]["gpus"][:1]] or ["no-gpu"]
+    when = result["machine"]["time"][:16].replace(":", "")
+    return re.sub(r"[^a-z0-9]+", "-", f"{result['benchmark']} {where[0]} {when}".lower())
+
+
 def save(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
-    """Writes ``result`` as JSON below benchmarks/results (or ``out``) and returns the path."""
-    directory = out or RESULTS
+    """Writes ``result`` as JSON below benchmarks/results (or ``out``) and returns the path.
+
+    Whole or not at all, so that a run may be cut off at any moment. Raises ValueError for a rehearsal's.
+    """
+    directory = (out or RESULTS).resolve()
+    if result.get("rehearsal") and directory.is_relative_to(RESULTS):
+        raise ValueError("a rehearsal's figures mean nothing: give --out another directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
     return path
+
+
+def short(path: Path) -> str:
+    """For messages: relative to the current directory where it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _meminfo() -> dict[str, int]:
