@@ -10,9 +10,10 @@ UV     := $(shell command -v uv 2>/dev/null)
 # pytest answers 5 when it ran nothing: an error here, as every other non-zero status.
 PYTEST := $(BIN)/python -m pytest
 ARGS   ?=
+BENCH_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check soak bench docs format install uninstall clean
+.PHONY: help venv demo test check soak bench report docs format install uninstall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +52,14 @@ soak: $(READY) ## every test with its full counts, the slow ones too; keeps the 
 	-GPUSCHED_SOAK=1 $(PYTEST) -m "slow or not slow" --junitxml=.soak.xml $(ARGS)
 	$(BIN)/python scripts/soak_result.py .soak.xml
 
-bench: $(READY) ## freeze, thaw and cold start, measured beside the bare driver (needs a GPU)
-	$(BIN)/python benchmarks/freeze_thaw.py $(ARGS)
+bench: $(READY) ## every benchmark, then the report; needs a GPU (BENCH_PYTHON=PATH: one with PyTorch)
+	@status=0; export PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	for program in freeze_thaw cold_start control_plane report; do \
+	  $(BENCH_PYTHON) benchmarks/$$program.py || { status=1; echo "$$program did not succeed" >&2; }; \
+	done; exit $$status
+
+report: $(READY) ## the tables and plots of README.md and docs/, from benchmarks/results
+	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## regenerate the documents that are made from the code
 	$(BIN)/python scripts/make_docs.py

@@ -1,0 +1,292 @@
+"""The tables and sentences that ``report.py`` puts into README.md and docs/, as Markdown."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report_data import (
+    FREES_NOTHING,
+    WAYS,
+    Device,
+    Result,
+    devices,
+    in_order,
+    newest,
+    of,
+    sizes_of,
+    ways_of,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Where a block stands, for the links in it, and the results that it may use."""
+
+    directory: Path
+    plots: Path
+    results: Sequence[Result]
+
+    def link(self, path: Path) -> str:
+        return f"[{path.name}]({os.path.relpath(path, self.directory)})"
+
+    def links(self, paths: Iterable[Path]) -> str:
+        return ", ".join(self.link(path) for path in sorted(set(paths)))
+
+    def picture(self, name: str, text: str) -> str:
+        return f"![{text}]({os.path.relpath(self.plots / name, self.directory)})"
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+def seconds(milliseconds: float) -> str:
+    """Three figures where there are so many."""
+    value = milliseconds / 1000
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def median(values: Sequence[float]) -> str:
+    return seconds(statistics.median(values))
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and minimum and maximum where there are several."""
+    if len(values) == 1:
+        return median(values)
+    return f"{median(values)} ({seconds(min(values))}-{seconds(max(values))})"
+
+
+def rate(gigabytes: float, values_ms: Sequence[float]) -> str:
+    """Decimal GB a second."""
+    found = gigabytes / statistics.median(values_ms) * 1000
+    return f"{found:.0f}" if found >= 10 else f"{found:.1f}"
+
+
+def counts(runs: Iterable[int]) -> str:
+    """As in "3 runs", "1 run", "1 to 6 runs"."""
+    least, most = min(found := list(runs)), max(found)
+    many = f"{most} run{'s' if most > 1 else ''}"
+    return many if least == most else f"{least} to {many}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column is words, the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+# -- GPUs -----------------------------------------------------------------------------------------
+
+
+def for_each(page: Page, one: Callable[[Page, Device], str]) -> str:
+    """A part for each kind of device that has something to show."""
+    return "\n".join(filter(None, (one(page, device) for device in devices(page.results))))
+
+
+def way_name(way: str) -> str:
+    return f"**{WAYS[way]}**" if way == "gpusched" else WAYS[way]
+
+
+def freeze_thaw(page: Page, device: Device) -> str:
+    """Ways down, sizes across, freeze / thaw."""
+    if not device.moves:
+        return ""
+    sizes = sizes_of(device)
+    rows = []
+    for way in ways_of(device):
+        cells = [device.moves.get((size, way)) for size in sizes]
+        rows.append(
+            [way_name(way)]
+            + [f"{median(c.freeze_ms)} / {median(c.thaw_ms)}" if c else "" for c in cells]
+        )
+    runs = counts(len(m.freeze_ms) for m in device.moves.values())
+    return (
+        f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
+        f"Seconds to take a process's VRAM away / to bring it back, by its size:\n\n"
+        f"{table(['', *(f'{size:g} GB' for size in sizes)], rows)}\n"
+        f"{device.title}; medians of {runs}, contents verified after each. "
+        f"{page.links(p for m in device.moves.values() for p in m.paths)}\n"
+    )
+
+
+def freeze_thaw_full(page: Page, device: Device) -> str:
+    """Every figure with its spread, and the plot."""
+    if not device.moves:
+        return ""
+    rows = [
+        [
+            way_name(m.way),
+            f"{m.gigabytes:g}",
+            str(len(m.freeze_ms)),
+            spread(m.freeze_ms),
+            rate(m.gigabytes, m.freeze_ms),
+            spread(m.thaw_ms),
+            rate(m.gigabytes, m.thaw_ms),
+            "all" if m.way == FREES_NOTHING else f"{m.left_mib} MiB",
+        ]
+        for m in in_order(device)
+    ]
+    head = ("way", "GB", "runs", "off, s", "GB/s", "back, s", "GB/s", "left on the GPU")
+    skipped = "".join(f"\nNot measured: {WAYS[way]}: {why}." for way, why in sorted(device.skipped))
+    return (
+        f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
+        f"{device.title}. Median (minimum-maximum); contents verified after every run. From "
+        f"{page.links(p for m in device.moves.values() for p in m.paths)}.\n\n"
+        f"{table(head, rows)}{skipped}"
+    )
+
+
+def cold_start(page: Page, device: Device) -> str:
+    """The short table: what a thaw saves."""
+    if not device.starts:
+        return ""
+    rows = []
+    for start in device.starts.values():
+        cold = statistics.median(start.cold_start_ms)
+        back = statistics.median(start.thaw_to_token_ms)
+        rows.append(
+            [
+                start.model,
+                f"{start.vram_mib / 1024:.1f} GiB",
+                f"{seconds(cold)} s",
+                f"{median(start.freeze_ms)} s",
+                f"**{seconds(back)} s**",
+                f"{cold / back:.0f} times",
+            ]
+        )
+    head = ("model", "VRAM", "cold start", "freeze", "thaw to first token", "sooner")
+    return (
+        f"{table(head, rows)}\n"
+        f"{device.title}; medians of {counts(len(s.cold_start_ms) for s in device.starts.values())}; after every thaw "
+        f"the token and a digest of all weights were the same. "
+        f"{page.links(p for s in device.starts.values() for p in s.paths)}\n"
+    )
+
+
+def cold_start_full(page: Page, device: Device) -> str:
+    if not device.starts:
+        return ""
+    parts = (
+        ("cold start", "cold_start_ms"),
+        ("- interpreter and imports", "import_ms"),
+        ("- weights", "load_ms"),
+        ("- first token", "first_token_ms"),
+        ("freeze", "freeze_ms"),
+        ("thaw", "thaw_ms"),
+        ("thaw to first token", "thaw_to_token_ms"),
+    )
+    starts = list(device.starts.values())
+    rows = [[name, *(spread(getattr(start, key)) for start in starts)] for name, key in parts]
+    about = (
+        f"{s.model} {s.parameters:,} parameters, a file of {s.file_bytes / 1e9:.2f} GB, {s.vram_mib} MiB of VRAM"
+        for s in starts
+    )
+    return (
+        f"{page.picture(plot_name('cold_start', device), f'Cold start and thaw on {device.gpu}')}\n\n"
+        f"{device.title}. Seconds, median (minimum-maximum) of {counts(len(s.cold_start_ms) for s in starts)}. "
+        f"{'; '.join(about)}. From {page.links(p for s in starts for p in s.paths)}.\n\n"
+        f"{table(['seconds', *(s.model for s in starts)], rows)}"
+    )
+
+
+def plot_name(kind: str, device: Device) -> str:
+    return f"{kind}-{device.slug}.svg"
+
+
+# -- no GPU ---------------------------------------------------------------------------------------
+
+
+def host(machine: Any) -> str:
+    gpus = [gpu["name"] for gpu in machine["gpus"]]
+    where = f" and {len(gpus)} {gpus[0]}" if gpus else ""
+    return f"a machine with {machine['cores']} cores, {machine['ram_gib']:.0f} GiB of RAM{where}"
+
+
+def control_plane(page: Page) -> str:
+    """What gpusched itself costs, in two sentences."""
+    found = newest(of(page.results, "control_plane"), "results")
+    if found is None:
+        return ""
+    figures, path = found.data["results"], os.path.relpath(found.path, page.directory)
+    status, command, freeze, thaw = (
+        figures[name]
+        for name in (
+            "status_under_load_ms",
+            "status_command_loaded_ms",
+            "freeze_over_driver_loaded_ms",
+            "thaw_over_driver_loaded_ms",
+        )
+    )
+    return (
+        f"On {host(found.machine)}, with [{found.data['processes']} managed processes and\n"
+        f"{found.data['slow_freezes']} slow freezes under way]({path}), `status` over the socket takes\n"
+        f"{status['median']:.2f} ms (median; 99th percentile {status['p99']:.1f} ms), and the whole command "
+        f"`gpusched status` {command['median']:.0f} ms.\nWhat gpusched adds to the driver's own calls there: "
+        f"{freeze['median']:.1f} ms to a freeze, {thaw['median']:.1f} ms to a thaw (medians, simulated\ndriver).\n"
+    )
+
+
+def control_plane_full(page: Page) -> str:
+    found = newest(of(page.results, "control_plane"), "results")
+    if found is None:
+        return ""
+    names = {
+        "status_ms": "`status` over the socket",
+        "status_under_load_ms": "`status` over the socket, loaded",
+        "status_command_ms": "the command `gpusched status`",
+        "status_command_loaded_ms": "the command `gpusched status`, loaded",
+        "run_ms": "`run`, until the program has started",
+        "freeze_over_driver_ms": "a freeze, beyond the driver's calls",
+        "freeze_over_driver_loaded_ms": "a freeze, beyond the driver's calls, loaded",
+        "thaw_over_driver_ms": "a thaw, beyond the driver's calls",
+        "thaw_over_driver_loaded_ms": "a thaw, beyond the driver's calls, loaded",
+    }
+    figures = found.data["results"]
+    rows = [
+        [text, *(f"{figures[name][key]:.2f}" for key in ("median", "p99", "max"))]
+        for name, text in names.items()
+        if name in figures
+    ]
+    return (
+        f"On {host(found.machine)}, simulated GPUs. Loaded: with {found.data['processes']} managed processes, and for "
+        f"`status` also {found.data['slow_freezes']} slow freezes under way. {page.link(found.path)}\n\n"
+        f"{table(['milliseconds', 'median', '99th percentile', 'maximum'], rows)}"
+    )
+
+
+def soak(page: Page) -> str:
+    """The tests with their full counts, and what was flat over the swaps."""
+    found = newest(page.results, "soak")
+    if found is None:
+        return ""
+    data = found.data
+    text = (
+        f"Commit {data['commit']}, on {host(found.machine)}: {data['passed']} tests passed, "
+        f"{len(data['failed'])} failed, {data['skipped']} were skipped, in {data['seconds']:.0f} s. "
+        f"{page.link(found.path)}\n"
+    )
+    swaps = data.get("swaps")
+    if not swaps:
+        return text
+    first, last = swaps["first"], swaps["last"]
+    rows = [[what, str(first[what]), str(last[what])] for what in first]
+    return (
+        f"{text}\n{swaps['cycles']} swaps there and back of two workloads on a simulated GPU, before the first (after "
+        f"{swaps['warm_up']} for warming up) and after the last:\n\n{table(['', 'before', 'after'], rows)}"
+    )
+
+
+BLOCKS: dict[str, Callable[[Page], str]] = {
+    "freeze_thaw": lambda page: for_each(page, freeze_thaw),
+    "freeze_thaw_full": lambda page: for_each(page, freeze_thaw_full),
+    "cold_start": lambda page: for_each(page, cold_start),
+    "cold_start_full": lambda page: for_each(page, cold_start_full),
+    "control_plane": control_plane,
+    "control_plane_full": control_plane_full,
+    "soak": soak,
+}
