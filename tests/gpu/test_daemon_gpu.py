@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -174,6 +175,40 @@ def test_a_driver_helper_killed_in_the_middle_loses_nothing(
             )
             client.thaw("w")
             verify(client, "w", digest)
+
+
+ORDINARY_CLIENT = """
+import sys
+from gpusched import GpuSched
+from gpusched.demo import digests, wait_for_lines
+with GpuSched(sys.argv[1]) as client:
+    client.run("w", [sys.executable, "-m", "gpusched.workload", "--vram", "200M"])
+    for _ in range(3):
+        lines = wait_for_lines(client, "w", len(digests(client, "w")) + 2)
+        assert len({digest for _, digest in lines}) == 1, lines
+        assert client.freeze("w")["tier"] == "ram"
+        assert client.thaw("w")["from_tier"] == "ram"
+"""
+
+
+@pytest.mark.root
+def test_a_daemon_of_an_ordinary_user_moves_its_own_processes() -> None:
+    nobody = 65534
+    look = subprocess.run(
+        [sys.executable, "-c", "import gpusched.daemon"], user=nobody, check=False
+    )
+    if look.returncode != 0:
+        pytest.skip("another user cannot read this checkout or its packages")
+    daemon = PrivateDaemon(backend="cuda", user=nobody)
+    try:
+        daemon.start()
+        client = [sys.executable, "-c", ORDINARY_CLIENT, daemon.socket]
+        done = subprocess.run(
+            client, user=nobody, group=nobody, extra_groups=(), cwd="/", timeout=60, check=False
+        )
+        assert done.returncode == 0
+    finally:
+        daemon.end()
 
 
 def helper_of(daemon_pid: int) -> int:
