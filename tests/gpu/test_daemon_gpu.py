@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ import pytest
 from daemons import PrivateDaemon, wait_until
 from gpusched import GpuSched
 from gpusched.demo import digests, wait_for_lines
-from gpusched.errors import GpuschedError
+from gpusched.errors import GpuschedError, Unsupported
 
 pytestmark = pytest.mark.gpu
 
@@ -241,6 +243,40 @@ def test_managed_memory_is_refused_and_the_process_runs_on(daemon: PrivateDaemon
             lambda: len(client.logs("m", lines=-1)["lines"]) > before + 2,
             within_s=10,
             what="it runs on",
+        )
+
+
+NCCL_RANK = """
+import os, sys, time, torch, torch.distributed as dist
+rank = int(os.environ["RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
+for number in range(10_000):
+    ones = torch.ones(1 << 20, device="cuda")
+    dist.all_reduce(ones)
+    assert bool((ones == 2).all())
+    print("alive", number, flush=True)
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.gpu(count=2)
+def test_peer_to_peer_of_nccl_is_refused_and_the_ranks_run_on(daemon: PrivateDaemon) -> None:
+    pytest.importorskip("torch")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quoted = shlex.join([sys.executable, "-c", NCCL_RANK, str(port)])
+    with daemon.client() as client:
+        client.run("n", ["bash", "-c", f"RANK=0 {quoted} & RANK=1 {quoted} & wait"], gpus=[0, 1])
+        wait_until(lambda: len(client.logs("n")["lines"]) > 4, within_s=60, what="both talk")
+        with pytest.raises(Unsupported, match=r"NCCL \(the socket"):
+            client.freeze("n")
+        before = len(client.logs("n", lines=-1)["lines"])
+        wait_until(
+            lambda: len(client.logs("n", lines=-1)["lines"]) > before + 4,
+            within_s=10,
+            what="they run on",
         )
 
 
