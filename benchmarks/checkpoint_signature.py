@@ -18,6 +18,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -88,6 +89,7 @@ class Child:
             **more,
         )
         self.pid = self.process.pid
+        self.trace: Any = None  # what an import left in /proc, where there was one
         Child.started.append(self)
 
     def line(self, seconds: float, wanted: tuple[str, ...]) -> str:
@@ -104,6 +106,8 @@ class Child:
             buffer += byte
             if byte == b"\n":
                 last, buffer = buffer.decode(errors="replace").strip(), b""
+                if last.startswith("trace "):
+                    self.trace = json.loads(last.removeprefix("trace "))
                 if last.startswith(wanted):
                     return last
         return f"silent: {last}"
@@ -129,6 +133,9 @@ def signature(pid: int) -> dict[str, Any]:
     links = [str(link.readlink()) for link in (root / "fd").iterdir() if link.is_symlink()]
     maps = (root / "maps").read_text().splitlines()
     paths = [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
+    paths = [
+        re.sub(r".*/(?=site-packages/)", "", path) for path in paths
+    ]  # where, is the machine's affair
     environ = preflight.parse_environ((root / "environ").read_bytes())
     inodes = preflight.parse_links(links).sockets
     unix = [line.split(maxsplit=7) for line in (root / "net/unix").read_bytes().splitlines()]
@@ -210,6 +217,7 @@ class Study:
                 obstacles=obstacles,
                 obstacles_ms=round((time.monotonic() - begun) * 1000, 2),
                 signs=[signature(pid) for pid in pids],
+                imports=[child.trace for child in children],
                 vram=[list(usage.get(pid, {}).values()) for pid in pids],
                 mps=list(self.nvml.mps_pids() or ()),
             )
@@ -247,10 +255,8 @@ class Study:
                 ("non_cuda", sleeper.pid),
                 ("vanished", ended.pid),
             ):
-                ask = lambda pid=pid: cuda.cuCheckpointProcessGetState(pid)  # noqa: E731
-                self.note(
-                    facts, **{f"get_state_{name}": [self.call("get_state", pid), spread(ask)]}
-                )
+                took = spread(functools.partial(cuda.cuCheckpointProcessGetState, pid))
+                self.note(facts, **{f"get_state_{name}": [self.call("get_state", pid), took]})
             self.note(
                 facts,
                 nvml_processes=spread(self.nvml.cuda_pids),
@@ -268,12 +274,7 @@ class Study:
         with tempfile.TemporaryDirectory() as home:
             script = shutil.copy(Path(__file__).resolve().parent / "checkpoint_targets.py", home)
             Path(home).chmod(0o755)
-            more: dict[str, Any] = {
-                "env": {"HOME": home},
-                "prefix": user,
-                "script": script,
-                "cwd": home,
-            }
+            more: Any = {"env": {"HOME": home}, "prefix": user, "cwd": home, "script": script}
             own = Child(["--kind", "plain"], **more)
             self.note(facts, own_target=own.line(30, ("ready",)))
             with self.targets("plain") as [roots]:
@@ -342,9 +343,8 @@ class Study:
                 steps = [self.call(call, child.pid) for call in ("lock", "checkpoint")]
                 steps += [self.call("restore", child.pid, restore_args(cuda, one)) for one in maps]
                 steps += [self.call("unlock", child.pid)]
-                gpus = [
-                    self.gpus.index(gpu) for gpu in self.nvml.usage().processes.get(child.pid, {})
-                ]
+                held = self.nvml.usage().processes.get(child.pid, {})
+                gpus = [self.gpus.index(gpu) for gpu in held]
                 self.note(
                     facts, **{name: steps, f"{name}_gpus": gpus, f"{name}_contents": child.check()}
                 )

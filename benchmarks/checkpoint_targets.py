@@ -11,13 +11,17 @@ and (for some kinds) PyTorch alone, so that it runs as any user from anywhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
+import json
 import os
+import pathlib
+import pickle
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 MIB = 1 << 20
@@ -32,8 +36,10 @@ KINDS: dict[str, tuple[int, dict[str, str]]] = {
     "peer": (1, {}),
     "ipc_alone": (1, {}),
     "ipc_pair": (2, {}),
+    "torch_ipc_pair": (2, {}),
     "exported_alone": (1, {}),
     "exported_pair": (2, {}),
+    "nccl_no_communicator": (2, {}),
     "nccl_world1": (1, {}),
     "nccl_default": (2, {}),
     "nccl_cumem_off": (2, {"NCCL_CUMEM_ENABLE": "0"}),
@@ -93,7 +99,8 @@ class RawTarget:
             handle = cuda.CUipcMemHandle()
             with pair_socket() as link:
                 ctypes.memmove(int(handle.getPtr()), link.recv(64, socket.MSG_WAITALL), 64)
-            self.imported = do(cuda.cuIpcOpenMemHandle(handle, 1))
+            with traced():
+                self.imported = do(cuda.cuIpcOpenMemHandle(handle, 1))
         return memory
 
     def _virtual(self, kind: str, rank: int) -> Any:
@@ -116,7 +123,9 @@ class RawTarget:
             return self._mapped(own)
         with pair_socket() as link:
             fds = socket.recv_fds(link, 1, 1)[1]
-        self.imported = self._mapped(do(cuda.cuMemImportFromShareableHandle(fds[0], fd_type)))
+        with traced():
+            self.imported = self._mapped(do(cuda.cuMemImportFromShareableHandle(fds[0], fd_type)))
+            os.close(fds[0])
         return self._mapped(own)
 
     def _mapped(self, handle: Any) -> Any:
@@ -146,17 +155,31 @@ class TorchTarget:
         torch.cuda.set_device(rank)
         self.tensor = torch.randint(0, 1 << 30, (size // 4,), dtype=torch.int32, device="cuda")
         self.copy = self.tensor.cpu()
+        if kind == "torch_ipc_pair":
+            self._share(rank)
         self.dist: Any = None
-        if kind != "torch":
+        if kind.startswith(("torch_distributed", "nccl")):
             self.dist = importlib.import_module("torch.distributed")
         if kind.startswith("nccl"):
             store = f"tcp://127.0.0.1:{os.environ['STUDY_PORT']}"
             self.dist.init_process_group("nccl", init_method=store, rank=rank, world_size=world)
-            self.joined, self.world = True, world
-            self.reduce()
+            self.joined, self.world = kind != "nccl_no_communicator", world
+            if self.joined:
+                self.reduce()
             if kind == "nccl_destroyed":
                 self.dist.destroy_process_group()
                 self.joined = False
+
+    def _share(self, rank: int) -> None:
+        """As torch.multiprocessing does it: a CUDA IPC handle, an event, and a counter in shared memory."""
+        with pair_socket() as link:
+            if rank == 0:
+                link.sendall(pickle.dumps(self.tensor.untyped_storage()._share_cuda_()))
+            else:
+                handle = pickle.loads(link.recv(1 << 16))  # noqa: S301 - from the process beside it
+                self.torch.cuda.synchronize()
+                with traced():
+                    self.imported = self.torch.UntypedStorage._new_shared_cuda(*handle)
 
     def reduce(self) -> bool:
         ones = self.torch.ones(1 << 20, device="cuda")
@@ -167,6 +190,31 @@ class TorchTarget:
     def check(self) -> bool:
         same = bool(self.torch.equal(self.tensor.cpu(), self.copy))
         return same and (not self.joined or self.reduce())
+
+
+def traces() -> dict[str, Any]:
+    """What /proc shows of this process, without what changes by itself."""
+    links = {}
+    for link in pathlib.Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            info = pathlib.Path(f"/proc/self/fdinfo/{link.name}").read_text()
+            links[link.name] = f"{link.readlink()} {info!r}"
+    maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+    return {"fds": links, "maps": {line: 1 for line in maps if "[heap]" not in line}}
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Prints what an import left behind in /proc: the lines that are new, and those that are gone."""
+    before = traces()
+    yield
+    after = traces()
+    found = {
+        f"{sign} {what}": [f"{k} {v}" for k, v in one[what].items() if other[what].get(k) != v]
+        for what in before
+        for sign, one, other in (("new", after, before), ("gone", before, after))
+    }
+    print("trace", json.dumps(found), flush=True)
 
 
 def pair_socket() -> socket.socket:

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
-from gpusched.engine.moves import Mover, Tree
+from gpusched.engine.model import Tree
+from gpusched.engine.moves import Mover
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.driver_client import DriverClient

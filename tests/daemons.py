@@ -63,6 +63,8 @@ class PrivateDaemon:
         sim_dir: The simulated VRAM, in shared memory.
         log_dir: Logs of managed processes.
         log: What all daemons of this directory wrote to stdout and stderr.
+
+    ``user``: the daemon runs as this uid (and gid) instead of one's own.
     """
 
     def __init__(
@@ -73,10 +75,14 @@ class PrivateDaemon:
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         backend: str = "sim",
+        user: int | None = None,
     ) -> None:
         simulated = ("--sim-gpus", str(gpus), "--sim-vram", vram) if backend == "sim" else ()
         self.directory = Path(tempfile.mkdtemp(prefix="gs-", dir="/tmp"))
         self.directory.chmod(0o755)
+        self._user = user
+        if user is not None:
+            os.chown(self.directory, user, user)
         self.socket = str(self.directory / "s")
         self.state_dir = self.directory / "state"
         self.sim_dir = sim_directory(self.state_dir)
@@ -121,6 +127,9 @@ class PrivateDaemon:
                 stderr=log,
                 env=self._env,
                 cwd=ROOT,
+                user=self._user,
+                group=self._user,
+                extra_groups=None if self._user is None else (),
             )
         try:
             wait_until(self._answers, within_s=START_S, what="the daemon answers status")

@@ -1,8 +1,8 @@
 """What is refused before a checkpoint: parsing, reading and judging, on processes that show the signs for real.
 
 No GPU is needed: sockets, threads, mappings and shared memory are made under the names that NCCL and the driver use.
-The texts below are in the kernel's form and composed by hand, after what was seen on two GPUs (plain, managed, peer,
-IPC and NCCL processes); they are no recordings.
+The texts below are in the kernel's form, shortened from what benchmarks/results/checkpoint_signature-*.json recorded on
+two GPUs (plain, managed, peer, IPC and NCCL processes).
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ NET_UNIX = b"""\
 Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00010000 0001 01 5210 /run/other.sock
 0000000000000000: 00000002 00000000 00000000 0002 01 7001
-0000000000000000: 00000002 00000000 00000000 0002 01 7002 @/tmp/nccl-socket-1-5f3a9c0de
+0000000000000000: 00000002 00000000 00000000 0002 01 7002 @tmp/nccl-socket-1-5f3a9c0de@@@@@@@@@@@@
 """
 
 PLAIN = Signs(
     pid=100,
     stopped=False,
     uvm_mappings=1,
+    holds_mig=False,
     nccl=None,
     environ={},
     own_segments=frozenset(),
@@ -68,6 +69,7 @@ class NodeSaying:
     asked: list[str] = field(default_factory=list)
 
     def mig_pids(self) -> Collection[int]:
+        self.asked.append("mig")
         return self.mig
 
     def mps_pids(self) -> Collection[int] | None:
@@ -102,6 +104,23 @@ def test_a_deleted_segment_keeps_its_name() -> None:
     assert links.segments == {"/dev/shm/cuda.shm.0.1a2b.1"}
 
 
+def test_only_a_capability_for_a_part_of_a_gpu_is_a_sign_of_mig() -> None:
+    nvml = [*LINKS_PLAIN, "/dev/nvidia-caps/nvidia-cap1", "/dev/nvidia-caps/nvidia-cap2"]
+    assert not preflight.parse_links(nvml).holds_mig
+    assert preflight.parse_links([*nvml, "/dev/nvidia-caps/nvidia-cap30"]).holds_mig
+
+
+def test_a_mapped_segment_is_seen_without_a_descriptor() -> None:
+    maps = MAPS_PLAIN + (
+        b"20a800000-20a814000 rw-s 00000000 00:1b 29            /dev/shm/cuda.shm.0.2be.1\n"
+        b"20a900000-20a914000 rw-s 00000000 00:1b 30            /dev/shm/cuda.shm.0.2bf.1 (deleted)\n"
+        b"20b800000-20b814000 rw-s 00000000 00:1b 31            /dev/shm/torch_702_2694116129_0\n"
+    )
+    names = {"/dev/shm/cuda.shm.0.2be.1", "/dev/shm/cuda.shm.0.2bf.1"}
+    assert preflight.parse_segments(maps) == names
+    assert preflight.parse_segments(MAPS_PLAIN) == frozenset()
+
+
 @pytest.mark.parametrize(
     ("segment", "pid"),
     [
@@ -118,7 +137,7 @@ def test_a_segment_names_its_exporter(segment: str, pid: int | None) -> None:
 @pytest.mark.parametrize(
     ("inodes", "name"),
     [
-        ({b"7002"}, "@/tmp/nccl-socket-1-5f3a9c0de"),
+        ({b"7002"}, "@tmp/nccl-socket-1-5f3a9c0de"),
         ({b"7001", b"5210"}, None),
         (set[bytes](), None),
     ],
@@ -172,7 +191,9 @@ def test_a_plain_process_has_no_obstacle_and_nvml_is_not_asked() -> None:
 
 def test_what_the_kernel_or_nvml_says_cannot_be_forced() -> None:
     assert kinds(replace(PLAIN, stopped=True)) == [("stopped", True)]
-    assert kinds(PLAIN, NodeSaying(mig={100})) == [("mig", True)]
+    node = NodeSaying()
+    assert kinds(PLAIN, node) == [] == node.asked
+    assert kinds(replace(PLAIN, holds_mig=True), NodeSaying(mig={100})) == [("mig", True)]
     assert kinds(replace(PLAIN, mps_daemon=True), NodeSaying(mps={100})) == [("mps", True)]
 
 
@@ -196,13 +217,15 @@ def test_a_process_that_nvml_does_not_list_is_taken_to_use_one_gpu() -> None:
 
 
 def test_nccl_is_refused_unless_it_was_started_without_peer_to_peer() -> None:
-    nccl = replace(PLAIN, nccl="the socket @/tmp/nccl-socket-0-1")
+    nccl = replace(PLAIN, nccl="the socket @tmp/nccl-socket-0-1")
     assert kinds(nccl) == [("nccl_p2p", False)]
     assert kinds(replace(nccl, environ={"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0"})) == []
 
 
 def test_messages_name_the_process_and_the_way_out() -> None:
-    nccl = replace(PLAIN, nccl="the thread pt_nccl_watchdg", stopped=True, uvm_mappings=2)
+    nccl = replace(
+        PLAIN, nccl="a mapping of /dev/shm/nccl-*", holds_mig=True, stopped=True, uvm_mappings=2
+    )
     messages = {o.kind: o.message for o in preflight.judge(nccl, NodeSaying(mig={100}))}
     assert all("process 100" in message for message in messages.values())
     assert "NCCL_P2P_DISABLE=1 NCCL_CUMEM_ENABLE=0" in messages["nccl_p2p"]
@@ -241,7 +264,7 @@ held = []
 for sign in sys.argv[2:]:
     if sign == "socket":
         held.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        held[-1].bind(f"\\0/tmp/nccl-socket-0-{os.getpid():x}")
+        held[-1].bind(f"\\0tmp/nccl-socket-0-{os.getpid():x}".ljust(107, "\\0"))
     elif sign == "plain_socket":
         held.append(socket.socket())
     elif sign == "shm":
@@ -263,11 +286,20 @@ for sign in sys.argv[2:]:
             threading.Event().wait()
         threading.Thread(target=run, daemon=True).start()
         named.wait()
-    elif sign in ("export", "import"):
+    elif sign in ("export", "import"):  # only an exporter keeps the descriptor
         owner = os.getpid() if sign == "export" else os.getppid()
         path = f"/dev/shm/cuda.shm.0.{owner:x}.{os.getpid()}"
-        held.append(open(path, "wb+"))
+        file = open(path, "wb+")
         os.unlink(path)
+        file.truncate(4096)
+        held.append(mmap.mmap(os.dup(file.fileno()), 4096) if sign == "export" else file)
+        if sign == "import":
+            libc = ctypes.CDLL(None)
+            libc.mmap.restype = ctypes.c_void_p
+            libc.mmap(None, ctypes.c_size_t(4096), 3, 1, file.fileno(), ctypes.c_long(0))
+            file.close()
+        else:
+            held.append(file)
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -320,7 +352,7 @@ def test_uvm_mappings_are_counted_by_their_exact_name() -> None:
 
 def test_nccl_is_seen_by_its_socket(scene: Scenes) -> None:
     pid = scene("socket")
-    assert signs_of(pid).nccl == f"the socket @/tmp/nccl-socket-0-{pid:x}"
+    assert signs_of(pid).nccl == f"the socket @tmp/nccl-socket-0-{pid:x}"
 
 
 def test_nccl_of_another_process_is_not_taken_for_ones_own(scene: Scenes) -> None:
@@ -332,8 +364,8 @@ def test_nccl_is_seen_by_its_shared_memory(scene: Scenes) -> None:
     assert signs_of(scene("shm", "plain_socket")).nccl == "a mapping of /dev/shm/nccl-*"
 
 
-def test_nccl_is_seen_by_pytorchs_thread(scene: Scenes) -> None:
-    assert signs_of(scene("library", "thread", "plain_socket")).nccl == "the thread pt_nccl_watchdg"
+def test_a_process_group_without_communicator_is_no_sign_of_nccl(scene: Scenes) -> None:
+    assert signs_of(scene("library", "thread", "plain_socket")).nccl is None
 
 
 def test_a_loaded_library_alone_is_no_sign_of_nccl(scene: Scenes) -> None:
@@ -346,6 +378,7 @@ def test_exporter_and_importer_are_told_apart_by_the_segments_name(scene: Scenes
     assert not exporter.foreign_segments
     assert len(importer.foreign_segments) == 1
     assert not importer.own_segments
+    assert not preflight.read_links(importer.pid).segments, "an importer has no descriptor"
 
 
 def test_an_mps_daemon_is_seen_where_the_process_would_look_for_it(

@@ -25,6 +25,7 @@ from daemons import PrivateDaemon, request, wait_until
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.engine import moves
+from gpusched.engine.model import Tree
 from gpusched.mechanisms import driver_client
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.driver_client import DriverClient
@@ -263,7 +264,7 @@ async def test_a_hung_driver_call_is_given_up_and_taken_back(
     if move is Move.THAW:
         done(pair.daemon, "freeze", name="a")
     trees = TreeKeeper(tmp_path)
-    tree = moves.Tree(tree_id="t", main=await trees.identify(target.pid), vram={}, oom_scores={})
+    tree = Tree(tree_id="t", main=await trees.identify(target.pid), vram={}, oom_scores={})
     async with asyncio.TaskGroup() as tasks:
         options = ["--backend", "sim", "--sim-dir", str(pair.daemon.sim_dir)]
         driver = DriverClient(options, tasks)

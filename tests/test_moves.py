@@ -14,8 +14,8 @@ import pytest
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import ProcState
-from gpusched.engine.model import Process
-from gpusched.engine.moves import FROZEN_OOM_SCORE, Mover, Tree
+from gpusched.engine.model import Process, Tree
+from gpusched.engine.moves import FROZEN_OOM_SCORE, Mover
 from gpusched.engine.recovery import Recovery, Remembered
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.ports import (

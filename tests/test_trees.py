@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -196,30 +195,40 @@ async def test_a_zombie_has_ended(trees: LiveTrees) -> None:
     process.wait()
 
 
-async def test_many_questions_at_once_share_a_look(trees: LiveTrees) -> None:
-    tree_id, main = await trees.shell("exec sleep 60")
-    mains = [main, dataclasses.replace(main, start_ticks=main.start_ticks + 1)]
-    began = time.perf_counter()
-    answers = await asyncio.gather(
-        *(trees.keeper.members("adopted", mains[number % 2]) for number in range(500))
-    )
-    took = time.perf_counter() - began
-    assert {len(members) for members in answers[::2]} == {1}
-    assert {len(members) for members in answers[1::2]} == {0}, "another process with that pid"
-    looks, count = [], len(proc.scan())
-    for _ in range(5):
-        start = time.perf_counter()
-        proc.scan()
-        looks.append(time.perf_counter() - start)
-    one = statistics.median(looks)
-    begun = time.perf_counter()
-    await trees.keeper.members(tree_id, main)
-    grouped = time.perf_counter() - begun
-    print(
-        f"one look at {count} processes: {one * 1000:.1f} ms; 500 questions: {took * 1000:.0f} ms;"
-        f" a tree with a group: {grouped * 1000:.2f} ms"
-    )
-    assert took < 500 * one / 2, "500 looks were made"
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_family_is_found_whether_the_kernel_lists_children_or_not(
+    both: LiveTrees, listed: bool
+) -> None:
+    tree_id, main = await both.shell(FAMILY)
+    until(lambda: len(both.marked()) == 4, "the family is complete")
+    both.keeper._lists_children = listed
+    assert pids(await both.keeper.members(tree_id, main)) == both.marked()
+
+
+async def test_a_look_at_a_tree_does_not_look_at_the_host(
+    trees: LiveTrees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, main = await trees.shell("sleep 60 & wait")
+    until(lambda: len(trees.marked()) == 2, "both run")
+    read: set[int] = set()
+
+    def read_stat(pid: int) -> proc.Stat | None:
+        read.add(pid)
+        return original(pid)
+
+    original = proc.read_stat
+    monkeypatch.setattr(proc, "read_stat", read_stat)
+    assert pids(await trees.keeper.members("adopted", main)) == trees.marked()
+    assert read == trees.marked()
+
+
+def test_a_pid_that_has_passed_to_a_stranger_is_no_descendant(
+    stranger: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with spawn("sleep", "60") as main:
+        monkeypatch.setattr(proc, "_children", lambda pid: [stranger.pid])
+        assert set(proc.descend([main.pid])) == {main.pid}
+        main.kill()
 
 
 # -- who belongs where ----------------------------------------------------------------------------

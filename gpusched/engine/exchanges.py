@@ -23,8 +23,7 @@ from gpusched.engine import admission
 from gpusched.engine.core import Core
 from gpusched.engine.events import Exited, MoveEnded, Surveyed
 from gpusched.engine.leases import Leases
-from gpusched.engine.model import Operation, Process
-from gpusched.engine.moves import Tree
+from gpusched.engine.model import Operation, Process, Tree
 from gpusched.engine.results import Results, names
 from gpusched.protocol import messages as m
 
@@ -171,6 +170,7 @@ class Exchanges:
         op.promise = admission.promise_for(off, on, facts)
         op.before = {t: self._core.node.processes[t].state for t in op.tree_ids}
         assert op.exchange is not None
+        op.survey_ms = (self._core.monotonic_s - op.begun_s) * 1000
         self._carry_out(op, op.exchange.start())
 
     def _note_vram(self, op: Operation, facts: Surveyed) -> None:
@@ -263,6 +263,7 @@ class Exchanges:
     async def _perform(
         self, op_id: str, orders: list[Order], records: list[dict[str, Any]]
     ) -> None:
+        begun = self._core.monotonic_s
         try:
             await self._core.ports.journal.append(*records)
         except errors.GpuschedError as error:
@@ -270,11 +271,13 @@ class Exchanges:
                 for order in orders:
                     self._core.post(_refused(op_id, order, error))
                 return
+        record_ms = (self._core.monotonic_s - begun) * 1000
         async with asyncio.TaskGroup() as moves:
             for order in orders:
-                moves.create_task(self._move(op_id, order), name=f"{order.move}-{order.tree_id}")
+                move = self._move(op_id, order, record_ms)
+                moves.create_task(move, name=f"{order.move}-{order.tree_id}")
 
-    async def _move(self, op_id: str, order: Order) -> None:
+    async def _move(self, op_id: str, order: Order, record_ms: float) -> None:
         process = self._core.node.processes[order.tree_id]
         assert process.main is not None
         tree = Tree(
@@ -297,7 +300,7 @@ class Exchanges:
                 order=order,
                 outcome=report.outcome,
                 duration_ms=(self._core.monotonic_s - begun) * 1000,
-                phases_ms=report.phases_ms,
+                phases_ms={"record": round(record_ms, 2), **report.phases_ms},
                 driver_ms=report.driver_ms,
                 oom_scores=report.oom_scores,
                 moved=report.moved,
@@ -337,7 +340,8 @@ class Exchanges:
             op.error = ended.error
         op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
         op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
-        op.phases_ms.setdefault(tree_id, {}).update(ended.phases_ms)
+        phases = op.phases_ms.setdefault(tree_id, {"survey": round(op.survey_ms, 2)})
+        phases.update(ended.phases_ms)
         self._tell(op, ended, process)
         nothing_left = ended.order.is_undo and isinstance(ended.error, errors.ProcessExited)
         orders = op.exchange.ended(tree_id, Outcome.DONE if nothing_left else ended.outcome)

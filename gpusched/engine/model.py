@@ -12,8 +12,10 @@ from typing import Any, Final
 
 import msgspec
 
+from gpusched import errors
 from gpusched.domain.capacity import Promise
 from gpusched.domain.exchange import Exchange
+from gpusched.domain.moves import Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger, transition
 from gpusched.ports import ExitStatus, Identity
 
@@ -106,6 +108,33 @@ class Lease:
     connection: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """What a move needs to know of its tree."""
+
+    tree_id: str
+    main: Identity
+    vram: Mapping[str, int]
+    oom_scores: Mapping[int, int]
+    moved: Mapping[int, dict[str, str]] = field(default_factory=dict)
+    uid: int = 0  # nobody else's processes are stopped; 0: root's tree, which may hold anybody's
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """How a move ended and what it learned."""
+
+    outcome: Outcome
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    #: What the driver's own calls took, those at the same time counted once.
+    driver_ms: float = 0.0
+    oom_scores: dict[int, int] | None = None
+    #: Members whose saved VRAM belongs to other GPUs now than the tree's record says, and by which map.
+    moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    error: errors.GpuschedError | None = None
+    note: str = ""
+
+
 @dataclass(slots=True, kw_only=True)
 class Operation:
     """One request that moves or ends trees, from its arrival until it has ended.
@@ -123,6 +152,7 @@ class Operation:
     arrived_s: float
     started: bool = False
     begun_s: float = 0.0
+    survey_ms: float = 0.0  # from the beginning until it was decided what to do
     exchange: Exchange | None = None
     promise: Promise | None = None
     evicted: tuple[str, ...] = ()

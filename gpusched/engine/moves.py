@@ -13,14 +13,15 @@ import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from gpusched import errors
 from gpusched.domain.capacity import remap
 from gpusched.domain.moves import STEPS, Move, Op, Outcome, undo_after
 from gpusched.domain.placement import onward
-from gpusched.ports import Clock, Driver, DriverState, Identity, Member, Trees
+from gpusched.engine.model import Report, Tree
+from gpusched.ports import Clock, Driver, DriverState, Member, Trees
 from gpusched.units import GIB, format_size
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 MAX_ROUNDS: Final = 20
 #: How long a stopped process may take to show as stopped (it may be in an uninterruptible wait).
 STOP_TIMEOUT_S: Final = 5.0
+#: So long it is looked at without a pause.
+STOP_SPIN_S: Final = 0.001
 #: How long the driver may take to leave a changing state that somebody else caused.
 SETTLE_TIMEOUT_S: Final = 120.0
 UNDO_ATTEMPTS: Final = 3
@@ -41,33 +44,6 @@ _S = DriverState
 def deadline_for(size_bytes: int) -> float:
     """Seconds that a checkpoint or restore may take: a minute, and a tenth of the slowest rate seen (1.8 GB/s)."""
     return 60.0 + size_bytes / (0.18 * GIB)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
-    """What a move needs to know of its tree."""
-
-    tree_id: str
-    main: Identity
-    vram: Mapping[str, int]
-    oom_scores: Mapping[int, int]
-    moved: Mapping[int, dict[str, str]] = field(default_factory=dict)
-    uid: int = 0  # nobody else's processes are stopped; 0: root's tree, which may hold anybody's
-
-
-@dataclass(slots=True, kw_only=True)
-class Report:
-    """How a move ended and what it learned."""
-
-    outcome: Outcome
-    phases_ms: dict[str, float] = field(default_factory=dict)
-    #: What the driver's own calls took, those at the same time counted once.
-    driver_ms: float = 0.0
-    oom_scores: dict[int, int] | None = None
-    #: Members whose saved VRAM belongs to other GPUs now than the tree's record says, and by which map.
-    moved: dict[int, dict[str, str]] = field(default_factory=dict)
-    error: errors.GpuschedError | None = None
-    note: str = ""
 
 
 class Mover:
@@ -187,16 +163,22 @@ class _Work:
         except errors.GpuschedError as error:
             return await self._explain(op, error)
         finally:
-            spent = (self._mover._clock.monotonic_s() - started) * 1000
-            self.phases_ms[op] = round(self.phases_ms.get(op, 0.0) + spent, 2)
+            self._spent(op, started)
         return None
+
+    def _spent(self, phase: str, started_s: float) -> None:
+        spent = (self._mover._clock.monotonic_s() - started_s) * 1000
+        self.phases_ms[phase] = round(self.phases_ms.get(phase, 0.0) + spent, 2)
 
     async def verify(self, move: Move) -> errors.GpuschedError | None:
         """Asks the driver and /proc whether the tree is where ``move`` leads; returns what is wrong."""
+        started = self._mover._clock.monotonic_s()
         try:
             members, states = await self._mover.settle(self._tree)
         except errors.GpuschedError as error:
             return error
+        finally:
+            self._spent("verify", started)
         if not members:
             return self._gone()
         wanted = _S.CHECKPOINTED if move is Move.FREEZE else _S.RUNNING
@@ -285,8 +267,8 @@ class _Work:
 
     async def _stop(self) -> None:
         """Stops every member. One that got CUDA state since the lock is continued, locked and checkpointed first."""
-        deadline = self._mover._clock.monotonic_s() + STOP_TIMEOUT_S
-        pause = 0.0002
+        begun = self._mover._clock.monotonic_s()
+        pause = 0.001
         running: list[Member] = []
         for _ in range(MAX_ROUNDS * 100):
             members = await self._trees.members(self._tree.tree_id, self._tree.main)
@@ -297,8 +279,13 @@ class _Work:
                 )
             if running:
                 await self._trees.signal(running, signal.SIGSTOP)
-                if self._mover._clock.monotonic_s() > deadline:
+                now = self._mover._clock.monotonic_s()
+                if now > begun + STOP_TIMEOUT_S:
                     break
+                # A signal takes a fraction of a millisecond, and the shortest sleep of an event loop a whole one.
+                if now < begun + STOP_SPIN_S:
+                    await asyncio.sleep(0)
+                    continue
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.02)
                 continue
@@ -314,6 +301,7 @@ class _Work:
             await self._trees.signal(late, signal.SIGCONT)
             await self._lock()
             await self._checkpoint()
+            begun = self._mover._clock.monotonic_s()
         raise errors.DriverError(
             f"pids {[m.pid for m in running]} did not stop within {STOP_TIMEOUT_S:.0f} s"
         )

@@ -25,8 +25,8 @@ import msgspec
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger
-from gpusched.engine.model import Process, from_record
-from gpusched.engine.moves import Mover, Tree
+from gpusched.engine.model import Process, Tree, from_record
+from gpusched.engine.moves import Mover
 from gpusched.engine.survey import take_sample
 from gpusched.ports import Clock, Driver, DriverState, Identity, Launch, Member, Trees, Usage, Users
 

@@ -6,7 +6,7 @@ trees are large: what is linear here must stay so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from gpusched.mechanisms import cgroups, proc
@@ -34,6 +34,14 @@ def walk_up(
         pid = stat.ppid
     walked.update(dict.fromkeys(way, tree_id))
     return tree_id
+
+
+def family(roots: Set[int], *, listed: bool) -> dict[int, proc.Stat]:
+    """``roots`` and all below them. ``listed``: the kernel lists children; else it takes a look at every process."""
+    if listed:
+        return proc.descend(roots)
+    table = proc.scan()
+    return {pid: stat for pid in table.descendants(roots) if (stat := table.get(pid))}
 
 
 def read_again(stats: Mapping[int, proc.Stat]) -> dict[int, proc.Stat]:

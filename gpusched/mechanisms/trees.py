@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,41 +43,6 @@ _STARTS = 64
 _MANY = 100
 
 
-class _SharedScan:
-    """Looks at /proc for several callers at once: 500 trees must not cost 500 looks.
-
-    A caller gets a look that began after it asked, or at most ``max_age_s`` before. One that waits for its turn is
-    shared; one already under way is too old, and the caller joins the next.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="proc-scan")
-        self._lock = threading.Lock()
-        self._queued: asyncio.Future[proc.Table] | None = None
-        self._last: tuple[float, proc.Table] | None = None
-
-    async def table(self, max_age_s: float = 0.0) -> proc.Table:
-        if self._last is not None and time.monotonic() - self._last[0] < max_age_s:
-            return self._last[1]
-        loop = asyncio.get_running_loop()
-        with self._lock:  # the thread must not begin before we know the future
-            if self._queued is None:
-                self._queued = loop.run_in_executor(self._thread, self._scan)
-            queued = self._queued
-        return await asyncio.shield(queued)
-
-    def _scan(self) -> proc.Table:
-        with self._lock:
-            self._queued = None
-        began = time.monotonic()
-        table = proc.scan()
-        self._last = began, table
-        return table
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False)
-
-
 class TreeKeeper:
     """``ports.Trees`` for one state directory, on one event loop."""
 
@@ -87,7 +51,9 @@ class TreeKeeper:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot_id = proc.boot_id()
         self._groups = cgroups.TreeGroups(enabled=with_groups)
-        self._scan = _SharedScan()
+        self._lists_children = proc.lists_children()
+        # What the last look at each tree found, and when; only of trees that have a control group.
+        self._looks: dict[str, tuple[float, dict[int, proc.Stat]]] = {}
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="trees")
         self._starts = ThreadPoolExecutor(max_workers=_STARTS, thread_name_prefix="starts")
         self._turns: dict[int, asyncio.Semaphore] = {}
@@ -96,7 +62,6 @@ class TreeKeeper:
 
     def close(self) -> None:
         """Lets go of the threads; the trees live on."""
-        self._scan.close()
         self._threads.shutdown(wait=False)
         self._starts.shutdown(wait=False)
 
@@ -168,6 +133,7 @@ class TreeKeeper:
         files = self._files(tree_id)
         _, group = self._tie(tree_id)
         self._ties.pop(tree_id, None)
+        self._looks.pop(tree_id, None)
         if group is not None:
             cgroups.remove(group)
         await asyncio.get_running_loop().run_in_executor(
@@ -207,32 +173,41 @@ class TreeKeeper:
         return stat is not None and stat.is_alive and self._is(stat, identity)
 
     async def members(self, tree_id: str, main: Identity) -> list[Member]:
-        """See ``ports.Trees``. Tens of microseconds for a tree with a control group, else a look at all of /proc.
+        """See ``ports.Trees``. Tens of microseconds for a tree with a control group, else some for each thread of it.
 
         The kernel's list of the group misses nobody but those who were moved out of it (by root, or by systemd on
         a user's behalf). These are found as descendants in a look that may be a second old.
         """
         supervisor, group = self._tie(tree_id)
         known = len(cgroups.pids(group)) if group is not None else 0
-        in_group = known > 0
-        table = await self._scan.table(_MOVED_OUT_AGE_S if in_group else 0.0)
-        roots = {i.pid for i in (main, supervisor) if i and self._is(table.get(i.pid), i)}
-        stats = {pid: stat for pid in table.descendants(roots) if (stat := table.get(pid))}
 
         def look() -> list[Member]:
-            now = stats
-            if group is not None and in_group:
-                now = membership.read_again(stats)
-                membership.add_group(now, group)
+            stats = self._look(tree_id, [i for i in (main, supervisor) if i], is_grouped=known > 0)
+            if group is not None and known:
+                membership.add_group(stats, group)
             if supervisor is not None:
-                now.pop(supervisor.pid, None)
-            halted = membership.halted(now)
+                stats.pop(supervisor.pid, None)
+            halted = membership.halted(stats)
             found = [
-                m for stat in now.values() if (m := membership.member(stat, stat.pid in halted))
+                m for stat in stats.values() if (m := membership.member(stat, stat.pid in halted))
             ]
             return sorted(found, key=lambda m: (m.pid != main.pid, m.start_ticks, m.pid))
 
-        return await self._do(look, max(known, len(stats)))
+        return await self._do(look, known or _MANY + 1)
+
+    def _look(
+        self, tree_id: str, roots: Sequence[Identity], *, is_grouped: bool
+    ) -> dict[int, proc.Stat]:
+        """``roots`` and their descendants as they are now; of a tree with a group, found a second ago at most."""
+        when, before = self._looks.get(tree_id, (float("-inf"), {}))
+        if is_grouped and time.monotonic() - when < _MOVED_OUT_AGE_S:
+            return membership.read_again(before)
+        began = time.monotonic()
+        alive = {i.pid for i in roots if self._is(proc.read_stat(i.pid), i)}
+        stats = membership.family(alive, listed=self._lists_children)
+        if is_grouped:
+            self._looks[tree_id] = began, dict(stats)
+        return stats
 
     async def locate(self, pids: Sequence[int], mains: Mapping[str, Identity]) -> dict[int, str]:
         """See ``ports.Trees``. Walks up from each pid: tens of microseconds each, however many trees there are."""

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ import pytest
 from daemons import PrivateDaemon, wait_until
 from gpusched import GpuSched
 from gpusched.demo import digests, wait_for_lines
-from gpusched.errors import GpuschedError
+from gpusched.errors import GpuschedError, Unsupported
 
 pytestmark = pytest.mark.gpu
 
@@ -176,6 +179,40 @@ def test_a_driver_helper_killed_in_the_middle_loses_nothing(
             verify(client, "w", digest)
 
 
+ORDINARY_CLIENT = """
+import sys
+from gpusched import GpuSched
+from gpusched.demo import digests, wait_for_lines
+with GpuSched(sys.argv[1]) as client:
+    client.run("w", [sys.executable, "-m", "gpusched.workload", "--vram", "200M"])
+    for _ in range(3):
+        lines = wait_for_lines(client, "w", len(digests(client, "w")) + 2)
+        assert len({digest for _, digest in lines}) == 1, lines
+        assert client.freeze("w")["tier"] == "ram"
+        assert client.thaw("w")["from_tier"] == "ram"
+"""
+
+
+@pytest.mark.root
+def test_a_daemon_of_an_ordinary_user_moves_its_own_processes() -> None:
+    nobody = 65534
+    look = subprocess.run(
+        [sys.executable, "-c", "import gpusched.daemon"], user=nobody, check=False
+    )
+    if look.returncode != 0:
+        pytest.skip("another user cannot read this checkout or its packages")
+    daemon = PrivateDaemon(backend="cuda", user=nobody)
+    try:
+        daemon.start()
+        client = [sys.executable, "-c", ORDINARY_CLIENT, daemon.socket]
+        done = subprocess.run(
+            client, user=nobody, group=nobody, extra_groups=(), cwd="/", timeout=60, check=False
+        )
+        assert done.returncode == 0
+    finally:
+        daemon.end()
+
+
 def helper_of(daemon_pid: int) -> int:
     """The pid of the daemon's driver helper."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -206,6 +243,40 @@ def test_managed_memory_is_refused_and_the_process_runs_on(daemon: PrivateDaemon
             lambda: len(client.logs("m", lines=-1)["lines"]) > before + 2,
             within_s=10,
             what="it runs on",
+        )
+
+
+NCCL_RANK = """
+import os, sys, time, torch, torch.distributed as dist
+rank = int(os.environ["RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
+for number in range(10_000):
+    ones = torch.ones(1 << 20, device="cuda")
+    dist.all_reduce(ones)
+    assert bool((ones == 2).all())
+    print("alive", number, flush=True)
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.gpu(count=2)
+def test_peer_to_peer_of_nccl_is_refused_and_the_ranks_run_on(daemon: PrivateDaemon) -> None:
+    pytest.importorskip("torch")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quoted = shlex.join([sys.executable, "-c", NCCL_RANK, str(port)])
+    with daemon.client() as client:
+        client.run("n", ["bash", "-c", f"RANK=0 {quoted} & RANK=1 {quoted} & wait"], gpus=[0, 1])
+        wait_until(lambda: len(client.logs("n")["lines"]) > 4, within_s=60, what="both talk")
+        with pytest.raises(Unsupported, match=r"NCCL \(the socket"):
+            client.freeze("n")
+        before = len(client.logs("n", lines=-1)["lines"])
+        wait_until(
+            lambda: len(client.logs("n", lines=-1)["lines"]) > before + 4,
+            within_s=10,
+            what="they run on",
         )
 
 

@@ -19,14 +19,16 @@ from typing import Final, Protocol
 from gpusched.ports import Obstacle
 
 _DEVICES: Final = "/dev/nvidia"
+#: One for each part of a GPU in MIG mode. The first two are NVML's, for setting MIG up, and open anywhere.
+_CAPABILITY: Final = "/dev/nvidia-caps/nvidia-cap"
+_NVML_CAPABILITIES: Final = frozenset({f"{_CAPABILITY}1", f"{_CAPABILITY}2"})
 #: Only CUDA opens it. NVML, which most PyTorch programs open too, keeps the other devices through a checkpoint.
 _UVM: Final = "/dev/nvidia-uvm"
 _SEGMENT: Final = "/dev/shm/cuda.shm."  # noqa: S108 - the driver's own name, only ever compared
 _UVM_LINE_END: Final = b" /dev/nvidia-uvm\n"
 _NCCL_SEGMENT: Final = b" /dev/shm/nccl-"
-_NCCL_LIBRARIES: Final = (b"/libnccl", b"/libtorch_cuda")
-_NCCL_SOCKET: Final = b"/tmp/nccl-socket-"
-_NCCL_THREADS: Final = (b"pt_nccl", b"NCCL ")
+#: Abstract: NCCL puts a zero byte, which the kernel shows as "@", over the first character of /tmp/...
+_NCCL_SOCKET: Final = b"@tmp/nccl-socket-"
 _MPS_DIRECTORY: Final = "/tmp/nvidia-mps"  # noqa: S108 - where MPS listens when nothing else is said
 _MPS_PID_FILE: Final = "nvidia-cuda-mps-control.pid"
 _STOPPED: Final = frozenset({"T", "t"})
@@ -62,8 +64,9 @@ class Links:
     holds_uvm: bool  # by CUDA, and not checkpointed
     segments: frozenset[
         str
-    ]  # the driver's shared memory, made when memory is exported by legacy IPC
+    ]  # the driver's shared memory, made when an event is exported by legacy IPC, as PyTorch does
     sockets: frozenset[bytes]  # inodes
+    holds_mig: bool  # a capability for a part of a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Signs:
     pid: int
     stopped: bool
     uvm_mappings: int
+    holds_mig: bool
     nccl: str | None  # the sign of NCCL that was found, in words
     environ: Mapping[str, str]
     own_segments: frozenset[str]
@@ -85,7 +89,7 @@ class Signs:
 
 def parse_links(targets: Iterable[str]) -> Links:
     """The targets of /proc/PID/fd/*."""
-    holds_gpu = holds_uvm = False
+    holds_gpu = holds_uvm = holds_mig = False
     segments, sockets = set[str](), set[bytes]()
     for target in targets:
         if target.startswith("socket:["):
@@ -95,12 +99,23 @@ def parse_links(targets: Iterable[str]) -> Links:
         elif target.startswith(_DEVICES):
             holds_gpu = True
             holds_uvm |= target == _UVM
+            holds_mig |= target.startswith(_CAPABILITY) and target not in _NVML_CAPABILITIES
     return Links(
         holds_gpu=holds_gpu,
         holds_uvm=holds_uvm,
         segments=frozenset(segments),
         sockets=frozenset(sockets),
+        holds_mig=holds_mig,
     )
+
+
+def parse_segments(maps: bytes) -> frozenset[str]:
+    """The driver's shared memory in /proc/PID/maps. The exporter holds a descriptor too, an importer only this."""
+    if _SEGMENT.encode() not in maps:
+        return frozenset()
+    names = (line[line.index(b"/") :] for line in maps.splitlines() if b" /dev/shm/" in line)
+    paths = (os.fsdecode(name).removesuffix(" (deleted)") for name in names)
+    return frozenset(path for path in paths if path.startswith(_SEGMENT))
 
 
 def parse_environ(data: bytes) -> dict[str, str]:
@@ -129,7 +144,7 @@ def nccl_socket(unix: bytes, inodes: Collection[bytes]) -> str | None:
     for line in unix.splitlines():
         words = line.split(maxsplit=7)
         if len(words) == 8 and _NCCL_SOCKET in words[7] and words[6] in inodes:
-            return os.fsdecode(words[7])
+            return os.fsdecode(words[7]).rstrip("@")  # the rest of the address: zero bytes
     return None
 
 
@@ -233,17 +248,13 @@ def has_thread(pid: int, prefixes: tuple[bytes, ...]) -> str | None:
 
 
 def _read_nccl(pid: int, links: Links, maps: bytes) -> str | None:
-    """The first sign of NCCL, cheapest first. No communicator lives without sockets, nor without its library."""
+    """The sign of a live communicator. A process group that has none yet, or has destroyed it, is harmless."""
     if not links.sockets:
         return None
     if name := nccl_socket(_read(f"/proc/{pid}/net/unix"), links.sockets):
         return f"the socket {name}"
-    if _NCCL_SEGMENT in maps:
-        return "a mapping of /dev/shm/nccl-*"
-    if any(library in maps for library in _NCCL_LIBRARIES):
-        thread = has_thread(pid, _NCCL_THREADS)
-        return thread and f"the thread {thread}"
-    return None
+    # NCCL before 2.18 has no such socket, and shares memory by legacy IPC and these files.
+    return "a mapping of /dev/shm/nccl-*" if _NCCL_SEGMENT in maps else None
 
 
 def read_signs(pid: int, links: Links) -> Signs:
@@ -251,15 +262,16 @@ def read_signs(pid: int, links: Links) -> Signs:
     maps = _read(f"/proc/{pid}/maps")
     environ = parse_environ(_read(f"/proc/{pid}/environ"))
     own = foreign = frozenset[str]()
-    if links.segments:
+    if segments := links.segments | parse_segments(maps):
         pids = parse_ns_pids(_read(f"/proc/{pid}/status"))
-        own = frozenset(name for name in links.segments if segment_pid(name) in pids)
-        foreign = links.segments - own
+        own = frozenset(name for name in segments if segment_pid(name) in pids)
+        foreign = segments - own
     mps = environ.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_DIRECTORY
     return Signs(
         pid=pid,
         stopped=is_stopped(pid),
         uvm_mappings=maps.count(_UVM_LINE_END),
+        holds_mig=links.holds_mig,
         nccl=_read_nccl(pid, links, maps),
         environ=environ,
         own_segments=own,
@@ -285,7 +297,7 @@ def judge(signs: Signs, node: Node) -> list[Obstacle]:
             f"process {pid} is stopped, and the driver needs its threads; continue it first: kill -CONT {pid}",
             certain=True,
         )
-    if pid in node.mig_pids():
+    if signs.holds_mig and pid in node.mig_pids():
         refuse(
             "mig",
             f"process {pid} runs on a GPU in MIG mode, which the driver cannot checkpoint; "
@@ -357,7 +369,7 @@ def _holders(
         if pid in members:
             continue
         try:
-            held = read_links(pid).segments
+            held = read_links(pid).segments | parse_segments(_read(f"/proc/{pid}/maps"))
         except OSError:
             continue
         for name in held & frozenset(segments):
