@@ -2,11 +2,13 @@
 
     python scripts/soak_result.py JUNIT.xml
 
-Says the counts, the slowest tests and every failure, with the machine and the commit. Exits with 1 after a failure.
+Says the counts, the slowest tests, every failure, and what tests/test_soak.py counted before and after its swaps, with
+the machine and the commit. Exits with 1 after a failure.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -32,6 +34,7 @@ def summarise(junit: Path) -> dict[str, Any]:
     failed += [name for name, _, case in cases if case.find("error") is not None]
     skipped = [case.find("skipped") for _, _, case in cases if case.find("skipped") is not None]
     slowest = sorted(cases, key=lambda c: -c[1])[:SLOWEST]
+    swaps = suite.find("testcase/properties/property[@name='swaps']")
     commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return {
         "soak": "every test with its full counts (GPUSCHED_SOAK=1)",
@@ -43,6 +46,7 @@ def summarise(junit: Path) -> dict[str, Any]:
         "failed": sorted(set(failed)),
         "skipped": len(skipped),
         "seconds": round(float(suite.get("time", 0)), 1),
+        "swaps": json.loads(swaps.get("value", "null")) if swaps is not None else None,
         "slowest": {name: round(seconds, 1) for name, seconds, _ in slowest},
     }
 
