@@ -38,7 +38,6 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint_targets import KINDS, MIB, timed_call
-
 from gpusched.mechanisms.cuda import preflight
 from gpusched.mechanisms.cuda.driver import CudaDriver, restore_args
 from gpusched.mechanisms.cuda.nvml import Nvml

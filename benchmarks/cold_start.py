@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from model_server import MODELS
-
 from gpusched.client import GpuSched
 from gpusched.demo import private_daemon
+from model_server import MODELS
 
 SERVER = Path(__file__).resolve().parent / "model_server.py"
 READY_LIMIT_S = 180.0
@@ -230,7 +229,9 @@ def missing(options: argparse.Namespace) -> str:
     asked = subprocess.run(
         [options.torch_python, "-c", ask], capture_output=True, text=True, timeout=120, check=False
     )
-    return "" if asked.returncode == 0 else asked.stderr.strip().splitlines()[-1]
+    if asked.returncode == 0:
+        return ""
+    return (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[-1]
 
 
 def show(session: Session) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import machine
-
 from gpusched.client import GpuSched
 from gpusched.daemon import sim_directory
 from gpusched.demo import private_daemon, wait_for_lines

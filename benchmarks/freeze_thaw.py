@@ -32,7 +32,6 @@ from typing import Any
 
 import machine
 import torch_peer
-
 from gpusched.client import GpuSched
 from gpusched.demo import digests, private_daemon, wait_for_lines
 from gpusched.mechanisms.cuda.driver import CudaDriver

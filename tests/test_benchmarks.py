@@ -1,0 +1,140 @@
+"""The benchmarks run without a GPU as rehearsals: every step, no figure; and what must not become a result does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import freeze_thaw
+import machine
+from daemons import ROOT
+
+REAL = {"benchmark": "freeze_thaw", "rehearsal": False}
+
+
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+
+
+def rehearse(out: Path, *arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """A rehearsal of ``freeze_thaw.py``: how it ended, and what it saved."""
+    ended = run("freeze_thaw.py", "--rehearse", "--out", out, *arguments)
+    (path,) = out.glob("*.json")
+    return ended, json.loads(path.read_text())
+
+
+def interpreter(directory: Path, text: str) -> Path:
+    """Stands in for a Python that has PyTorch."""
+    path = directory / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_every_size_and_way_is_measured_or_says_why_not(tmp_path: Path) -> None:
+    broken = interpreter(tmp_path, "echo no PyTorch today >&2; exit 3")
+    sizes = ["--sizes", "0.01,0.02", "--once", "0.03", "--runs", "2"]
+    ended, result = rehearse(tmp_path, *sizes, "--torch-python", broken)
+    assert ended.returncode == 0, ended.stderr
+    assert all(line.startswith("SIMULATED") for line in ended.stdout.splitlines())
+    rows = {(row["gigabytes"], row["way"]): row["runs"] for row in result["rows"]}
+    assert {key: len(runs) for key, runs in rows.items()} == {
+        (0.01, "gpusched"): 2,
+        (0.02, "gpusched"): 2,
+        (0.03, "gpusched"): 1,
+    }
+    for runs in rows.values():
+        assert all(run["right"] and run["freeze_ms"] > 0 < run["thaw_ms"] for run in runs)
+    skipped = {each["way"]: each["why"] for each in result["skipped"]}
+    assert skipped["bare"] == skipped["fresh"] == "the bare calls need a real driver"
+    for way in ("torch_memory_saver", "torch_memory_saver_kept", "to_cpu", "pinned"):
+        assert skipped[way] == "ended with 3: no PyTorch today"
+    assert result["rehearsal"] is True
+    assert result["machine"]["cores"] > 0
+
+
+def test_wrong_contents_end_the_benchmark_and_are_kept(tmp_path: Path) -> None:
+    row = {"gigabytes": 0.01, "freeze_ms": 1.0, "thaw_ms": 1.0, "off_mib": 0, "right": False}
+    wrong = interpreter(tmp_path, f"echo '{json.dumps(row)}'")
+    ways = ["--ways", "to_cpu", "--sizes", "0.01", "--once", ""]
+    ended, result = rehearse(tmp_path, *ways, "--torch-python", wrong)
+    assert ended.returncode == 1
+    assert "to_cpu at 0.01 GB: the contents changed" in ended.stderr
+    assert [run["right"] for row in result["rows"] for run in row["runs"]] == [False]
+
+
+def test_a_size_that_does_not_fit_is_left_out_with_the_numbers(tmp_path: Path) -> None:
+    session = freeze_thaw.Session(tmp_path, rehearsal=False)
+    assert freeze_thaw.fits(session, gpu_with_free_mib(16_000), 15)
+    assert not freeze_thaw.fits(session, gpu_with_free_mib(15_000), 15)
+    assert session.result["skipped"] == [
+        {
+            "way": "gpusched",
+            "gigabytes": 15,
+            "why": "needs 15329 MiB of VRAM, 15000 are free",
+        }
+    ]
+
+
+def gpu_with_free_mib(free: int) -> Any:
+    return SimpleNamespace(gpu_free_mb=lambda _gpu: free)
+
+
+@pytest.mark.parametrize("program", ["freeze_thaw.py", "cold_start.py"])
+def test_a_rehearsal_without_a_directory_of_its_own_is_refused(program: str) -> None:
+    ended = run(program, "--rehearse")
+    assert ended.returncode == 2
+    assert "a rehearsal is never among the results" in ended.stderr
+
+
+def test_a_rehearsals_figures_cannot_be_saved_among_the_results(tmp_path: Path) -> None:
+    before = sorted(machine.RESULTS.iterdir())
+    for directory in (None, machine.RESULTS, machine.RESULTS / "more"):
+        with pytest.raises(ValueError, match="mean nothing"):
+            machine.save("x", {"rehearsal": True}, directory)
+    assert sorted(machine.RESULTS.iterdir()) == before
+    assert machine.save("x", {"rehearsal": True}, tmp_path) == tmp_path / "x.json"
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    machine.save("x", REAL, tmp_path)
+    with pytest.raises(TypeError):
+        machine.save("x", REAL | {"rows": object()}, tmp_path)
+    assert json.loads((tmp_path / "x.json").read_text()) == REAL
+
+
+def test_the_name_of_a_result_says_where_and_when() -> None:
+    when = {"time": "2026-11-24T21:53:07+00:00"}
+    h100 = {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
+    named = machine.file_name({"benchmark": "freeze_thaw", "machine": when | h100})
+    assert named == "freeze-thaw-nvidia-h100-80gb-hbm3-2026-11-24t2153"
+    named = machine.file_name({"benchmark": "cold_start", "machine": when | {"gpus": []}})
+    assert named == "cold-start-no-gpu-2026-11-24t2153"
+
+
+def test_touching_ram_leaves_some_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([8 << 30, 7 << 30, 2 << 30])
+    monkeypatch.setattr(machine, "_meminfo", lambda: {"MemAvailable": next(left)})
+    monkeypatch.setattr(machine, "_PART_BYTES", 1 << 20)
+    assert machine.touch_ram(1 << 40)["gib"] == 2 / 1024
+
+
+def test_cold_start_says_what_it_lacks(tmp_path: Path) -> None:
+    ended = run(
+        "cold_start.py", "--torch-python", interpreter(tmp_path, "echo no torch >&2; exit 1")
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == "cold_start.py needs PyTorch, transformers and a GPU: no torch"
