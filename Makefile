@@ -51,6 +51,7 @@ soak: $(READY) ## every test with its full counts, the slow ones too; keeps the 
 	@rm -f .soak.xml
 	-GPUSCHED_SOAK=1 $(PYTEST) -m "slow or not slow" --junitxml=.soak.xml $(ARGS)
 	$(BIN)/python scripts/soak_result.py .soak.xml
+	$(BIN)/python benchmarks/report.py
 
 bench: $(READY) ## every benchmark, then the report; needs a GPU (BENCH_PYTHON=PATH: one with PyTorch)
 	@status=0; export PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"; \

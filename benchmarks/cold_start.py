@@ -227,7 +227,7 @@ def missing(options: argparse.Namespace) -> str:
         "" if options.rehearse else "; assert torch.cuda.is_available(), 'PyTorch finds no GPU'"
     )
     asked = subprocess.run(
-        [options.torch_python, "-c", ask], capture_output=True, text=True, timeout=120, check=False
+        [options.torch_python, "-c", ask], capture_output=True, text=True, timeout=300, check=False
     )
     if asked.returncode == 0:
         return ""

@@ -253,9 +253,8 @@ def main() -> int:
         ways = ["gpusched"] if "gpusched" in ways else []
     else:
         once = options.once if "gpusched" in ways else []
-        # Twice the contents where the process and its snapshot exist side by side: PyTorch's ways.
-        need = max(2.2 * max(options.sizes, default=0), 1.1 * max(once, default=0))
-        session.result["ram_touched"] = machine.touch_ram(int(need * 1e9) + 2 * 2**30)
+        largest = max([*options.sizes, *once], default=0)
+        session.result["ram_touched"] = machine.touch_ram(int(largest * 1.15e9) + 2 * 2**30)
     if ways and (options.sizes or options.once):
         driver_ways(session, options, ways)
     for way in torch_peer.WAYS:

@@ -109,9 +109,9 @@ def new_result(benchmark: str, *, rehearsal: bool) -> dict[str, Any]:
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """Benchmark, GPU and minute: results of several runs lie beside each other."""
+    """Benchmark, GPU and second: results of several runs lie beside each other."""
     where = [gpu["name"] for gpu in result["machine"]["gpus"][:1]] or ["no-gpu"]
-    when = result["machine"]["time"][:16].replace(":", "")
+    when = result["machine"]["time"][:19].replace(":", "")
     return re.sub(r"[^a-z0-9]+", "-", f"{result['benchmark']} {where[0]} {when}".lower())
 
 

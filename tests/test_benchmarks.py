@@ -120,9 +120,9 @@ def test_the_name_of_a_result_says_where_and_when() -> None:
     when = {"time": "2026-11-24T21:53:07+00:00"}
     h100 = {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
     named = machine.file_name({"benchmark": "freeze_thaw", "machine": when | h100})
-    assert named == "freeze-thaw-nvidia-h100-80gb-hbm3-2026-11-24t2153"
+    assert named == "freeze-thaw-nvidia-h100-80gb-hbm3-2026-11-24t215307"
     named = machine.file_name({"benchmark": "cold_start", "machine": when | {"gpus": []}})
-    assert named == "cold-start-no-gpu-2026-11-24t2153"
+    assert named == "cold-start-no-gpu-2026-11-24t215307"
 
 
 def test_touching_ram_leaves_some_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
