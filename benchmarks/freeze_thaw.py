@@ -201,6 +201,8 @@ def torch_way(session: Session, options: argparse.Namespace, way: str) -> None:
         try:
             assert peer.stdout is not None
             for line in peer.stdout:
+                if not line.startswith("{"):
+                    continue  # a library's own
                 found = json.loads(line)
                 if "skipped" in found:
                     session.skip(way, found["skipped"])

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import machine
@@ -37,6 +38,8 @@ class Cannot(Exception):
 
 class Contents:
     """Tensors of a model's sizes, filled from a seed; the base of every way."""
+
+    frees = True
 
     def __init__(self, torch: Any, device: str, size_bytes: int) -> None:
         self.torch, self.device = torch, device
@@ -101,6 +104,7 @@ class MemorySaverKept(MemorySaver):
 
 
 class Pinned(Contents):
+    frees = False
     host: Any = None  # one for all sizes: pinning takes longer than everything else here
 
     def _pairs(self) -> list[tuple[Any, Any]]:
@@ -137,6 +141,8 @@ def prepare(way: str, device: str, largest_bytes: int) -> Any:
             saver = importlib.import_module("torch_memory_saver")
             if "torch_memory_saver" not in os.environ.get("LD_PRELOAD", ""):
                 with saver.configure_subprocess():
+                    # The library needs the CUDA runtime, which the loader finds only where PyTorch has it.
+                    os.environ["LD_LIBRARY_PATH"] = ":".join(runtime_directories())
                     os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - ourselves
     except (ImportError, RuntimeError) as error:
         raise Cannot(f"{type(error).__name__}: {error}") from error
@@ -149,6 +155,13 @@ def prepare(way: str, device: str, largest_bytes: int) -> Any:
     return torch
 
 
+def runtime_directories() -> list[str]:
+    """Where the CUDA runtime of this process is, before what the loader searches anyway."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    found = {str(Path(line.split()[-1]).parent) for line in maps if "/libcudart.so" in line}
+    return [*sorted(found), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+
+
 def timed_ms(contents: Contents, act: Callable[[], None]) -> float:
     contents.settle()
     begun = time.monotonic()
@@ -158,8 +171,13 @@ def timed_ms(contents: Contents, act: Callable[[], None]) -> float:
 
 
 def one_run(contents: Contents, wanted: str) -> dict[str, Any]:
+    """Off and on. Raises Cannot where off left the memory on the GPU: then its time says nothing."""
+    on_mib = machine.used_mib()
     freeze_ms = timed_ms(contents, contents.off)
     off_mib = machine.used_mib()
+    held_mib = sum(p.numel() for p in contents.module) * 8 >> 20
+    if contents.frees and contents.device == "cuda" and on_mib - off_mib < 0.8 * held_mib:
+        raise Cannot(f"of {held_mib} MiB only {on_mib - off_mib} left the GPU")
     contents.spoil()
     thaw_ms = timed_ms(contents, contents.on)
     right = contents.digest() == wanted
@@ -187,16 +205,15 @@ def main() -> int:
     sizes = [float(size) for size in options.sizes.split(",")]
     try:
         torch = prepare(options.way, device, int(max([*sizes, WARM_UP_GB]) * 1e9))
+        warm_up = CLASSES[options.way](torch, device, int(min(WARM_UP_GB, sizes[0]) * 1e9))
+        one_run(warm_up, warm_up.digest())
+        del warm_up
+        for size in sizes:
+            one_size(torch, options.way, device, size, options.runs)
+            if device == "cuda":
+                torch.cuda.empty_cache()
     except Cannot as error:
         print(json.dumps({"skipped": str(error)}), flush=True)
-        return 0
-    warm_up = CLASSES[options.way](torch, device, int(min(WARM_UP_GB, sizes[0]) * 1e9))
-    one_run(warm_up, warm_up.digest())
-    del warm_up
-    for size in sizes:
-        one_size(torch, options.way, device, size, options.runs)
-        if device == "cuda":
-            torch.cuda.empty_cache()
     return 0
 
 

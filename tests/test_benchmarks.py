@@ -68,7 +68,7 @@ def test_every_size_and_way_is_measured_or_says_why_not(tmp_path: Path) -> None:
 
 def test_wrong_contents_end_the_benchmark_and_are_kept(tmp_path: Path) -> None:
     row = {"gigabytes": 0.01, "freeze_ms": 1.0, "thaw_ms": 1.0, "off_mib": 0, "right": False}
-    wrong = interpreter(tmp_path, f"echo '{json.dumps(row)}'")
+    wrong = interpreter(tmp_path, f"echo a library talks; echo '{json.dumps(row)}'")
     ways = ["--ways", "to_cpu", "--sizes", "0.01", "--once", ""]
     ended, result = rehearse(tmp_path, *ways, "--torch-python", wrong)
     assert ended.returncode == 1
