@@ -34,6 +34,7 @@ import machine
 import torch_peer
 from gpusched.client import GpuSched
 from gpusched.demo import digests, private_daemon, wait_for_lines
+from gpusched.errors import GpuschedError
 from gpusched.mechanisms.cuda.driver import CudaDriver
 from gpusched.units import MIB
 
@@ -159,6 +160,28 @@ def fits(session: Session, client: GpuSched, gigabytes: float) -> bool:
     return need_mib <= free_mib
 
 
+def one_size(
+    session: Session,
+    client: GpuSched,
+    target: Target,
+    size: float,
+    runs: int,
+    ways: Sequence[str],
+) -> None:
+    """Ends early where a way fails: the process is in no known state then. Other sizes have processes of their own."""
+    try:
+        for _ in range(runs):
+            for way in ways:
+                try:
+                    run = target.run(way)
+                except (GpuschedError, TimeoutError, subprocess.SubprocessError) as error:
+                    session.skip(way, f"failed: {error}", size)
+                    return
+                session.note(size, way, run)
+    finally:
+        client.kill(target.name, force=True)
+
+
 def driver_ways(session: Session, options: argparse.Namespace, ways: Sequence[str]) -> None:
     """All sizes in the ways that act on a process of ours, by turns, so that a slow drift meets all of them."""
     sizes = [(size, options.runs, ways) for size in options.sizes]
@@ -175,13 +198,8 @@ def driver_ways(session: Session, options: argparse.Namespace, ways: Sequence[st
             warm_up.run(way)
         client.kill(warm_up.name)
         for size, runs, these in sizes:
-            if not fits(session, client, size):
-                continue
-            target = Target(client, size, bare)
-            for _ in range(runs):
-                for way in these:
-                    session.note(size, way, target.run(way))
-            client.kill(target.name)
+            if fits(session, client, size):
+                one_size(session, client, Target(client, size, bare), size, runs, these)
 
 
 # -- PyTorch's ways -------------------------------------------------------------------------------

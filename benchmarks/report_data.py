@@ -77,7 +77,8 @@ class Device:
     machine: Mapping[str, Any]
     moves: dict[tuple[float, str], Moves] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
-    skipped: set[tuple[str, str]] = field(default_factory=set)
+    #: (way, GB or 0 for all, why) of what could not be measured.
+    skipped: set[tuple[str, float, str]] = field(default_factory=set)
 
     @property
     def gpu(self) -> str:
@@ -129,7 +130,10 @@ def devices(results: Iterable[Result]) -> list[Device]:
             _add_moves(device, result, row)
         for row in result.data.get("models", ()):
             _add_start(device, result, row)
-        device.skipped |= {(each["way"], each["why"]) for each in result.data.get("skipped", ())}
+        device.skipped |= {
+            (each["way"], each["gigabytes"] or 0, each["why"])
+            for each in result.data.get("skipped", ())
+        }
     return [found[key] for key in sorted(found)]
 
 
@@ -163,6 +167,15 @@ def _add_start(device: Device, result: Result, row: Mapping[str, Any]) -> None:
 def ways_of(device: Device) -> list[str]:
     """The ways that were measured, in the order of ``WAYS``."""
     return [way for way in WAYS if any(key[1] == way for key in device.moves)]
+
+
+def not_measured(device: Device) -> list[tuple[str, float, str]]:
+    """What was skipped, and is in no other file."""
+    return [
+        (way, size, why)
+        for way, size, why in sorted(device.skipped)
+        if not any(key[1] == way and size in {0, key[0]} for key in device.moves)
+    ]
 
 
 def sizes_of(device: Device) -> list[float]:

@@ -17,6 +17,7 @@ from report_data import (
     devices,
     in_order,
     newest,
+    not_measured,
     of,
     sizes_of,
     ways_of,
@@ -132,7 +133,10 @@ def freeze_thaw_full(page: Page, device: Device) -> str:
         for m in in_order(device)
     ]
     head = ("way", "GB", "runs", "off, s", "GB/s", "back, s", "GB/s", "left on the GPU")
-    skipped = "".join(f"\nNot measured: {WAYS[way]}: {why}." for way, why in sorted(device.skipped))
+    skipped = "".join(
+        f"\nNot measured: {WAYS[way]}{f' at {size:g} GB' if size else ''}: {why}.\n"
+        for way, size, why in not_measured(device)
+    )
     return (
         f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
         f"{device.title}. Median (minimum-maximum); contents verified after every run. From "

@@ -14,6 +14,7 @@ import pytest
 import freeze_thaw
 import machine
 from daemons import ROOT
+from gpusched.errors import DriverError
 
 REAL = {"benchmark": "freeze_thaw", "rehearsal": False}
 
@@ -87,6 +88,26 @@ def test_a_size_that_does_not_fit_is_left_out_with_the_numbers(tmp_path: Path) -
             "why": "needs 15329 MiB of VRAM, 15000 are free",
         }
     ]
+
+
+def test_a_way_that_fails_ends_its_size_alone(tmp_path: Path) -> None:
+    session, killed = freeze_thaw.Session(tmp_path, rehearsal=False), []
+    client: Any = SimpleNamespace(kill=lambda name, force: killed.append((name, force)))
+
+    def run(way: str) -> dict[str, Any]:
+        if way == "bare":
+            raise DriverError("the driver could not restore")
+        return {"freeze_ms": 1.0, "thaw_ms": 1.0, "off_mib": 0, "right": True}
+
+    target: Any = SimpleNamespace(name="w", run=run)
+    freeze_thaw.one_size(session, client, target, 3.6, 2, ["gpusched", "bare", "fresh"])
+    (path,) = tmp_path.glob("*.json")
+    saved = json.loads(path.read_text())
+    assert [(row["way"], len(row["runs"])) for row in saved["rows"]] == [("gpusched", 1)]
+    (skipped,) = saved["skipped"]
+    assert (skipped["way"], skipped["gigabytes"]) == ("bare", 3.6)
+    assert "the driver could not restore" in skipped["why"]
+    assert killed == [("w", True)]
 
 
 def gpu_with_free_mib(free: int) -> Any:

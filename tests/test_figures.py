@@ -166,9 +166,14 @@ def test_the_runs_of_several_files_of_one_device_are_joined(tree: Path) -> None:
 
 def test_a_way_that_was_not_measured_is_named_with_its_reason(tree: Path) -> None:
     why = {"way": "torch_memory_saver", "gigabytes": None, "why": "no module of that name"}
-    save(tree, "one", "freeze_thaw", rows=rows("to_cpu", 1.5, [1500.0]), skipped=[why])
+    big = {"way": "to_cpu", "gigabytes": 40, "why": "too large"}
+    again = {"way": "to_cpu", "gigabytes": 1.5, "why": "not today"}  # and measured in another run
+    rows_1 = rows("to_cpu", 1.5, [1500.0])
+    save(tree, "one", "freeze_thaw", rows=rows_1, skipped=[why, big, again])
     full = block(filled(tree), "freeze_thaw_full")
     assert "Not measured: torch_memory_saver, CPU backup: no module of that name." in full
+    assert 'Not measured: .to("cpu") and back at 40 GB: too large.' in full
+    assert "not today" not in full
     assert '| .to("cpu") and back | 1.5 | 1 | 1.50 | 1.0 | 0.750 | 2.0 | 10 MiB |' in full
 
 
