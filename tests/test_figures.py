@@ -172,7 +172,7 @@ def test_what_gpusched_adds_is_told_where_the_drivers_own_times_are_known(tree: 
     save(tree, "one", "freeze_thaw", rows=[row, *rows("bare", 15.0, [7000.0])])
     full = block(filled(tree), "freeze_thaw_full")
     assert "| 15 | 3 | 9.0 (8.0-12.0) | 6.0 (5.0-7.0) |" in full
-    assert full.count("| 15 | 3 |") == 1
+    assert full.rstrip().endswith("(5.0-7.0) |"), "the bare calls have no such row"
 
 
 def test_a_way_that_was_not_measured_is_named_with_its_reason(tree: Path) -> None:
