@@ -78,6 +78,7 @@ def run(
     directory: str | os.PathLike[str] | None,
     env: Mapping[str, str] | None,
     evictable: bool,
+    isolate: bool | None,
 ) -> Request[types.RunResult]:
     if isinstance(cmd, str):
         raise errors.InvalidRequest(
@@ -92,6 +93,7 @@ def run(
         gpus=_list(gpus),
         env=_caller_env() if env is None else dict(env),
         evictable=evictable or None,
+        isolate=isolate,
     )
 
 

@@ -182,8 +182,11 @@ class AsyncGpuSched:
         dir: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         evictable: bool = False,
+        isolate: bool | None = None,
     ) -> types.RunResult:
-        return await self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable))
+        return await self._pool.send(
+            _requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate)
+        )
 
     async def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
         return await self._pool.send(_requests.adopt(pid, name, evictable))

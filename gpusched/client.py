@@ -173,12 +173,14 @@ class GpuSched:
         dir: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         evictable: bool = False,
+        isolate: bool | None = None,
     ) -> types.RunResult:
         """Starts a command on GPU ``gpu`` (or all of ``gpus``), in the caller's folder and environment by default.
 
-        ``evictable``: others who need the VRAM may freeze it.
+        ``evictable``: others who need the VRAM may freeze it. ``isolate``: in namespaces of its own, which saving it
+        to disk needs; by default as the daemon was told.
         """
-        return self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable))
+        return self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate))
 
     def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
         """Takes over a running process and its descendants."""

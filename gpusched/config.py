@@ -40,6 +40,8 @@ class Settings:
     ram_budget_bytes: int | None = None
     disk_budget_bytes: int = 500 * GIB
     allow_old_driver: bool = False
+    #: Whether started trees get namespaces of their own where this machine could save them to disk.
+    isolate: bool = True
     group: str | None = None
     lock_timeout_s: float = 10.0
     kill_grace_s: float = 10.0

@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import zlib
@@ -92,8 +93,8 @@ async def _run(settings: Settings) -> None:
 async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
     own_directory(settings.log_dir, 0o711, "log", "--log-dir")
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
-    trees = TreeKeeper(settings.state_dir)
     backend = "sim" if settings.backend == "sim" else "cuda"
+    trees = TreeKeeper(settings.state_dir, binds=_shared_directories(settings, backend))
     mark = await _after_old_helpers(settings.state_dir)
     driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
     description = await _describe(driver, settings, backend)
@@ -240,6 +241,19 @@ def sim_directory(state_dir: Path) -> Path:
     return Path("/dev/shm") / f"gpusched-sim-{os.geteuid()}-{tag}"  # noqa: S108 - made safely by the backend
 
 
+def _shared_directories(settings: Settings, backend: str) -> list[tuple[str, str]]:
+    """What isolated trees see of the host in /dev/shm: the simulated GPUs, with the tree's own part in its place."""
+    if backend != "sim":
+        return []
+    sim = str(sim_directory(settings.state_dir))
+    return [(sim, sim), (sim, f"{sim}/host"), (f"{sim}/trees/{{tree}}/procs", f"{sim}/procs")]
+
+
+def _can_isolate(settings: Settings) -> bool:
+    """Namespaces are for the disk tier: without CRIU they would cost something and give nothing."""
+    return settings.isolate and os.geteuid() == 0 and shutil.which("criu") is not None
+
+
 def _limits(settings: Settings, backend: str) -> Limits:
     forced = (
         {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
@@ -251,6 +265,7 @@ def _limits(settings: Settings, backend: str) -> Limits:
         lock_timeout_s=settings.lock_timeout_s,
         kill_grace_s=settings.kill_grace_s,
         operation_wait_s=settings.operation_wait_s,
+        isolate=_can_isolate(settings),
         default_env=dict(settings.passed_on_env),
         forced_env=forced,
     )

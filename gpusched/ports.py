@@ -151,7 +151,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """All that a supervisor needs to start a command. Paths are absolute; ``env`` is complete."""
+    """All that a supervisor needs to start a command. Paths are absolute; ``env`` is complete.
+
+    ``isolated``: in a PID and mount namespace of the tree's own, which is what can be saved to disk.
+    """
 
     tree_id: str
     name: str
@@ -162,6 +165,7 @@ class Launch:
     gid: int
     groups: tuple[int, ...]
     log_path: str
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

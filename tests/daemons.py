@@ -219,7 +219,8 @@ class PrivateDaemon:
 
     def _no_vram_left(self) -> bool:
         request(self.socket, "status")  # looking at the GPUs removes what dead processes left
-        return not [*self.sim_dir.glob("procs/*"), *self.sim_dir.glob("saved/*")]
+        left = (self.sim_dir.glob(each) for each in ("procs/*", "saved/*", "trees/*"))
+        return not [path for found in left for path in found]
 
 
 def _processes() -> Iterator[tuple[int, str]]:

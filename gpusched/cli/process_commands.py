@@ -55,6 +55,11 @@ def caller_directory(given: str | None) -> str:
     "-d", "--dir", "directory", metavar="DIR", help="Directory to start in.  [default: here]"
 )
 @click.option("--evictable", is_flag=True, help="Others may freeze it when they need the GPU.")
+@click.option(
+    "--no-isolate",
+    is_flag=True,
+    help="In the host's own namespaces; it cannot be saved to disk then.",
+)
 @params.json_option
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
 def run_command(
@@ -62,6 +67,7 @@ def run_command(
     gpus: list[int],
     directory: str | None,
     evictable: bool,
+    no_isolate: bool,
     as_json: bool,
     cmd: tuple[str, ...],
 ) -> None:
@@ -78,6 +84,7 @@ def run_command(
             gpus=gpus if len(gpus) > 1 else None,
             dir=caller_directory(directory),
             evictable=evictable,
+            isolate=False if no_isolate else None,
         )
     if as_json:
         print_json(result)

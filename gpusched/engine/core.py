@@ -53,6 +53,8 @@ class Limits:
     lock_timeout_s: float
     kill_grace_s: float
     operation_wait_s: float
+    #: Whether trees are started in namespaces of their own, where a request does not say.
+    isolate: bool = False
     #: Put into every process that is run, under the caller's values / over them.
     default_env: Mapping[str, str] = field(default_factory=dict)
     forced_env: Mapping[str, str] = field(default_factory=dict)

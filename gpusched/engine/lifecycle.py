@@ -67,6 +67,7 @@ class Lifecycle:
             started_unix_s=now,
             last_used_unix_s=now,
             adopted=isinstance(params, m.Adopt),
+            isolated=isinstance(params, m.Run) and self._isolated(params),
             evictable=params.evictable,
             log_path=str(self._core.limits.log_dir / f"{params.name}.log")
             if isinstance(params, m.Run)
@@ -98,6 +99,14 @@ class Lifecycle:
             raise errors.InvalidRequest("a GPU is named twice")
         return self._core.uuids(wanted)
 
+    def _isolated(self, params: m.Run) -> bool:
+        """Whether the tree gets namespaces of its own: as asked, else as the daemon was told."""
+        if params.isolate and os.geteuid() != 0:
+            raise errors.Unsupported(
+                "only a daemon of root's can give a process namespaces of its own; leave out isolate"
+            )
+        return self._core.limits.isolate if params.isolate is None else params.isolate
+
     async def _run(self, op: Operation, process: Process, replaced: Process | None) -> None:
         assert op.caller is not None
         ports = self._core.ports
@@ -114,6 +123,7 @@ class Lifecycle:
                 gid=op.caller.gid,
                 groups=user.groups,
                 log_path=process.log_path or os.devnull,
+                isolated=process.isolated,
             )
             main = await ports.trees.launch(launch)
         except errors.GpuschedError as error:

@@ -61,6 +61,7 @@ class Process:
     main: Identity | None = None
     log_path: str | None = None
     adopted: bool = False
+    isolated: bool = False
     evictable: bool = False
     vram: dict[str, int] = field(default_factory=dict)
     oom_scores: dict[int, int] = field(default_factory=dict)

@@ -147,6 +147,7 @@ class Recovery:
             state=_S.ACTIVE,
             main=main,
             adopted=not launch.argv,
+            isolated=launch.isolated,
             log_path=launch.log_path if launch.argv else None,
         )
         self._note(process, "is not in the journal; taken from its supervisor's record")

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpusched import errors
@@ -29,7 +30,7 @@ _START_TIMEOUT_S = 30.0
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
-def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id: str) -> Identity:
+def start(launch: Launch, files: TreeFiles, ground: Ground) -> Identity:
     """Starts a tree. Blocks for the start of an interpreter, 30 s at most. Errors: see ``TreeKeeper.launch``."""
     try:
         lock_fd = files.create()
@@ -37,22 +38,73 @@ def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id:
         raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
     except OSError as error:
         raise _system_error(launch, error.errno, str(error)) from error
-    group = groups.path_for(launch.tree_id)
+    group = ground.groups.path_for(launch.tree_id)
     try:
         files.write_launch(
             launch, group
         )  # before the group is made: nobody would find it otherwise
         joined = group if group is not None and cgroups.create(group) else None
-        return _run_supervisor(launch, files, joined, lock_fd, boot_id)
+        return _run_supervisor(launch, files, ground, joined, lock_fd)
     except BaseException as error:
         if group is not None:
             cgroups.remove(group)
-        shutil.rmtree(files.path, ignore_errors=True)
+        for path in (*ground.own_directories(launch.tree_id), files.path):
+            shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError):
             raise _system_error(launch, error.errno, str(error)) from error
         raise
     finally:
         os.close(lock_fd)  # from here on the supervisor alone holds the lock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What all trees of one keeper have in common.
+
+    ``binds``: directories of the host and where an isolated tree sees them, ``{tree}`` standing for its id. Those
+    with ``{tree}`` in them are made for each tree, writable for its users.
+    """
+
+    groups: cgroups.TreeGroups
+    boot_id: str
+    binds: Sequence[tuple[str, str]] = ()
+
+    def own_directories(self, tree_id: str) -> list[Path]:
+        """What was made on the host for this tree alone."""
+        return [
+            Path(source.partition("{tree}")[0]) / tree_id
+            for source, _ in self.binds
+            if "/{tree}" in source
+        ]
+
+    def task(self, launch: Launch, group: Path | None, **more: object) -> dict[str, object]:
+        """What the supervisor is told. Raises OSError when a directory cannot be made."""
+        fields = asdict(launch)
+        for own in ("tree_id", "name", "isolated"):
+            del fields[own]
+        binds = None
+        if launch.isolated:
+            binds = [(source.format(tree=launch.tree_id), target) for source, target in self.binds]
+            for (source, _), (pattern, _) in zip(binds, self.binds, strict=True):
+                if source != pattern:
+                    _make_shared(Path(source))
+        defaults = {"own_network": False, "revive": False, "fresh_log": False}
+        group_name = str(group) if group else None
+        return {
+            **fields,
+            "cgroup": group_name,
+            "boot_id": self.boot_id,
+            "binds": binds,
+            **defaults,
+            **more,
+        }
+
+
+def _make_shared(path: Path) -> None:
+    """A directory like /tmp, in one that is root's."""
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    path.chmod(0o1777)
 
 
 def record_adopted(launch: Launch, files: TreeFiles, main: Identity) -> None:
@@ -67,10 +119,9 @@ def record_adopted(launch: Launch, files: TreeFiles, main: Identity) -> None:
 
 
 def _run_supervisor(
-    launch: Launch, files: TreeFiles, group: Path | None, lock_fd: int, boot_id: str
+    launch: Launch, files: TreeFiles, ground: Ground, group: Path | None, lock_fd: int
 ) -> Identity:
-    task = {key: value for key, value in asdict(launch).items() if key not in {"tree_id", "name"}}
-    task |= {"cgroup": str(group) if group else None, "boot_id": boot_id}
+    task = ground.task(launch, group)
     report_read, report_write = os.pipe()
     deadline = time.monotonic() + _START_TIMEOUT_S
     try:
@@ -100,7 +151,7 @@ def _run_supervisor(
         os.close(report_read)
         if report_write >= 0:
             os.close(report_write)
-    return _understand(report, launch, files, boot_id)
+    return _understand(report, launch, files, ground.boot_id)
 
 
 def _private(path: str, flags: int) -> int:
@@ -153,6 +204,12 @@ def _start_error(launch: Launch, stage: str, number: int, text: str) -> errors.G
     if stage == "user" and number == errno.EPERM:
         return errors.PermissionDenied(
             f"the daemon runs as uid {os.geteuid()} and cannot start processes of uid {launch.uid}",
+            details,
+        )
+    if stage == "isolation":
+        return errors.Unsupported(
+            f"cannot give {launch.name} namespaces of its own: {reason}; "
+            f"run it without: gpusched run --no-isolate ...",
             details,
         )
     if stage == "log":

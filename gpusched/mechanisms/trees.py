@@ -82,11 +82,15 @@ class _SharedScan:
 class TreeKeeper:
     """``ports.Trees`` for one state directory, on one event loop."""
 
-    def __init__(self, state_dir: Path, *, with_groups: bool = True) -> None:
+    def __init__(
+        self, state_dir: Path, *, with_groups: bool = True, binds: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """``binds``: see ``launching.Ground``."""
         self._root = state_dir / "trees"
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot_id = proc.boot_id()
         self._groups = cgroups.TreeGroups(enabled=with_groups)
+        self._ground = launching.Ground(groups=self._groups, boot_id=self._boot_id, binds=binds)
         self._scan = _SharedScan()
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="trees")
         self._starts = ThreadPoolExecutor(max_workers=_STARTS, thread_name_prefix="starts")
@@ -114,7 +118,7 @@ class TreeKeeper:
         turns = self._turns.setdefault(launch.uid, asyncio.Semaphore(_STARTS_PER_UID))
         async with turns:
             return await loop.run_in_executor(
-                self._starts, launching.start, launch, files, self._groups, self._boot_id
+                self._starts, launching.start, launch, files, self._ground
             )
 
     async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
@@ -170,9 +174,15 @@ class TreeKeeper:
         self._ties.pop(tree_id, None)
         if group is not None:
             cgroups.remove(group)
-        await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: shutil.rmtree(files.path, ignore_errors=True)
-        )
+
+        def remove() -> None:
+            for path in (
+                *self._ground.own_directories(tree_id),
+                files.path,
+            ):  # what leads to the rest goes last
+                shutil.rmtree(path, ignore_errors=True)
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, remove)
 
     # -- recovery ---------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class Run(Struct, frozen=True, kw_only=True):
     gpus: Annotated[list[GpuIndex], Meta(min_length=1, max_length=64)] | None = None
     env: dict[str, str] | None = None
     evictable: bool = False
+    isolate: bool | None = None
 
 
 class Adopt(Struct, frozen=True, kw_only=True):

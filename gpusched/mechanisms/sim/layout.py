@@ -6,11 +6,15 @@ what a target does with them (``device.py``), freezing (``driver.py``), scripted
     DIR/gpus.json                    the simulated GPUs; written by the driver, read by all
     DIR/capacity.lock                flock: held while VRAM is promised to anybody
     DIR/procs/PID-START/             owned by the target's user
-        control                      state word, GPU maps and table of allocations (see ``Control``)
+        control                      state word, GPU maps and table of allocations (see ``Control``). Locked (fcntl)
+                                     by the target while it lives: so everybody sees that, and the driver its pid
         gate                         flock: shared during a call of the target, exclusive while the driver locks
         vram-N                       the bytes of allocation N, mapped shared by the target
     DIR/saved/PID-START/N            owned by the driver: the bytes of allocation N while checkpointed.
                                      A flock on this directory: one driver call at a time for each process
+    DIR/trees/TREE/procs, saved      the same for a tree in namespaces of its own, with pids as it counts them. It
+                                     sees its procs as DIR/procs, and all of DIR as DIR/host. A flock on TREE: it is
+                                     being brought back from disk, and its processes are not there yet
 
 Both sides read and write ``control`` with pread and pwrite and never map it, so a target that truncates its own file
 cannot crash the driver. Every commit is one aligned 32-bit store: a kill at any instant leaves the old or the new.
@@ -39,6 +43,9 @@ MAX_GPUS: Final = 1024
 #: More than any test needs, and a bound on what a hostile control file can make the driver read.
 MAX_ALLOCATIONS: Final = 65_536
 
+#: The name of a process's directory begins so while it is being made.
+FRESH: Final = "new-"
+
 _MAGIC: Final = b"GPUSIM01"
 _WORD_AT: Final = 8
 _WORK_AT: Final = 12
@@ -46,6 +53,7 @@ _WORKER_AT: Final = 16
 _COUNT_AT: Final = 32
 _HEADER: Final = struct.Struct("<8sIIIIQII")
 _U32: Final = struct.Struct("<I")
+_FLOCK: Final = struct.Struct("hhqqi4x")
 _WORKER: Final = struct.Struct("<IIQ")
 _MAP_AT: Final = (4096, 4096 + 2 * MAX_GPUS)
 _TABLE_AT: Final = 8192
@@ -85,7 +93,10 @@ class Allocation(NamedTuple):
 
 
 class Record(NamedTuple):
-    """All that a control file says, read at one instant."""
+    """All that a control file says, read at one instant.
+
+    ``pid`` is the reader's for that process; 0 where the reader, in another namespace, has none for it.
+    """
 
     pid: int
     start_ticks: int
@@ -122,6 +133,21 @@ def parse_key(name: str) -> tuple[int, int] | None:
     """``"4711-88213"`` -> (pid, start_ticks); None for anything else."""
     pid, _, start = name.partition("-")
     return (int(pid), int(start)) if pid.isdecimal() and start.isdecimal() else None
+
+
+def inner_pid(pid: int) -> int:
+    """What a process is called in its own PID namespace. Raises OSError, ValueError."""
+    with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 - as above
+        text = file.read()
+    start = text.index(b"\nNSpid:") + 7
+    return int(text[start : text.index(b"\n", start)].split()[-1])
+
+
+def _holder(fd: int) -> int | None:
+    """The pid of the process that has a control file locked, 0 for one that we have no pid for; None: nobody."""
+    found = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+    kind, _, _, _, pid = _FLOCK.unpack(found)
+    return None if kind == fcntl.F_UNLCK else pid
 
 
 @contextmanager
@@ -174,6 +200,14 @@ class Control:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def claim(self) -> None:
+        """Locks the file until this process ends, or closes *any* descriptor of it. Raises OSError."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def holder(self) -> int | None:
+        """See ``_holder``. The caller's own lock does not count."""
+        return _holder(self._fd)
 
     def word(self) -> Word:
         return Word(self._u32(_WORD_AT) & 0xFF)
@@ -269,9 +303,15 @@ class SimDirectory:
         self.saved = path / "saved"
         raw = json.loads((path / "gpus.json").read_text())
         self.gpus: tuple[Gpu, ...] = tuple(Gpu(**each) for each in raw["gpus"])
+        whole = path / "host"  # a tree in namespaces of its own has its own procs in our place
+        self._whole = whole if (whole / "gpus.json").exists() else path
+        #: The caller's own process, whose file nobody here may open and close: that would end its lock.
+        self._own: tuple[os.stat_result, Control, tuple[int, int]] | None = None
+        self._found: dict[tuple[int, int], Path] = {}
 
-    def directory_of(self, pid: int, start_ticks: int) -> Path:
-        return self.procs / f"{pid}-{start_ticks}"
+    def is_self(self, directory: Path, control: Control, identity: tuple[int, int]) -> None:
+        """The caller's own files."""
+        self._own = directory.stat(), control, identity
 
     @contextmanager
     def capacity(self, timeout_s: float = 30.0) -> Iterator[None]:
@@ -283,28 +323,94 @@ class SimDirectory:
         finally:
             os.close(fd)
 
-    def record(self, pid: int, start_ticks: int) -> Record | None:
+    def trees(self) -> list[Path]:
+        """The directories of trees in namespaces of their own."""
+        try:
+            return [self._whole / "trees" / name for name in os.listdir(self._whole / "trees")]  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+    def find(self, pid: int) -> Path | None:
+        """The directory of a live process, by the pid that the caller has for it; None when it uses no such GPU."""
+        found = read_stat(pid)
+        if found is None:
+            return None
+        plain = self.procs / f"{pid}-{found.start_ticks}"
+        if plain.exists():
+            return plain
+        try:
+            prefix = f"{inner_pid(pid)}-"
+        except (OSError, ValueError):
+            return None
+        if prefix == f"{pid}-":
+            return None
+        known = self._found.get((pid, found.start_ticks))
+        if known is not None and self._holder_of(known) == pid:
+            return known
+        for tree in self.trees():
+            for name in _names(tree / "procs"):
+                if name.startswith(prefix) and self._holder_of(tree / "procs" / name) == pid:
+                    self._found[pid, found.start_ticks] = tree / "procs" / name
+                    return tree / "procs" / name
+        return None
+
+    def saved_of(self, directory: Path) -> Path:
+        """Where the driver saves the contents of the process with this directory."""
+        return directory.parent.parent / "saved" / directory.name
+
+    def record(self, pid: int) -> Record | None:
         """None when that process never used a simulated GPU (or its control file is not one)."""
-        try:
-            path = self.directory_of(pid, start_ticks) / "control"
-            control = Control.open(path, len(self.gpus), dir_fd=None, writable=False)
-        except OSError:
-            return None
-        try:
-            return control.read(pid, start_ticks)
-        except ValueError:
-            return None
-        finally:
-            control.close()
+        directory = self.find(pid)
+        return self._record(directory) if directory is not None else None
 
     def records(self) -> Iterator[Record]:
         """Every live process that uses a simulated GPU."""
-        for name in os.listdir(self.procs):  # noqa: PTH208 - names are all that is wanted
-            key = parse_key(name)
-            if key is not None and is_alive(*key):
-                record = self.record(*key)
+        for procs in (self._whole / "procs", *(tree / "procs" for tree in self.trees())):
+            for name in _names(procs):
+                record = self._record(procs / name)
                 if record is not None:
                     yield record
+
+    def is_alive(self, directory: Path) -> bool:
+        """Whether the process that made this directory lives, or may still come to have its files."""
+        return self._is_own(directory) or self._holder_of(directory) is not None
+
+    def _is_own(self, directory: Path) -> bool:
+        if self._own is None:
+            return False
+        try:
+            return os.path.samestat(directory.stat(), self._own[0])
+        except OSError:
+            return False
+
+    def _holder_of(self, directory: Path) -> int | None:
+        try:
+            fd = open_plain(directory / "control", os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            return _holder(fd)
+        finally:
+            os.close(fd)
+
+    def _record(self, directory: Path) -> Record | None:
+        key = parse_key(directory.name)
+        if key is None:
+            return None
+        try:
+            if self._own is not None and self._is_own(directory):
+                return self._own[1].read(*self._own[2])
+            path = directory / "control"
+            control = Control.open(path, len(self.gpus), dir_fd=None, writable=False)
+        except (OSError, ValueError):
+            return None
+        try:
+            pid = control.holder()
+            return None if pid is None else control.read(pid, key[1])
+        except (OSError, ValueError):
+            return None
+        finally:
+            control.close()
 
     def shares(self) -> dict[int, dict[int, int]]:
         """``shares[pid][gpu index]`` in bytes: VRAM held now, and what a restore under way was promised.
@@ -312,10 +418,10 @@ class SimDirectory:
         Checkpointed processes hold none and are left out.
         """
         found: dict[int, dict[int, int]] = {}
-        for record in self.records():
+        for number, record in enumerate(self.records(), 1):
             where = record.where()
-            if where is not None:
-                found[record.pid] = bytes_by_gpu(record.allocations, where)
+            if where is not None:  # without a pid it has a negative number here
+                found[record.pid or -number] = bytes_by_gpu(record.allocations, where)
         return found
 
     def free_bytes(self, shares: Mapping[int, Mapping[int, int]]) -> list[int]:
@@ -325,6 +431,13 @@ class SimDirectory:
             for gpu, size in share.items():
                 free[gpu] -= size
         return [max(0, each) for each in free]
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - names are all that is wanted
+    except OSError:
+        return []
 
 
 def bytes_by_gpu(allocations: Sequence[Allocation], gpu_map: Sequence[int]) -> dict[int, int]:
