@@ -233,3 +233,13 @@ def _processes() -> Iterator[tuple[int, str]]:
                 )
                 if text:  # kernel threads and zombies have none
                     yield int(entry.name), text.strip()
+
+
+def processes_naming(text: str) -> list[str]:
+    """The command lines that have ``text`` in them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if text in line]
