@@ -200,8 +200,17 @@ class AsyncGpuSched:
     async def kill(self, name: str, *, force: bool = False) -> types.KillResult:
         return await self._pool.send(_requests.kill(name, force))
 
-    async def hibernate(self, name: str) -> types.FreezeResult:
-        return await self._pool.send(_requests.hibernate(name))
+    async def hibernate(self, name: str, *, force: bool = False) -> types.FreezeResult:
+        return await self._pool.send(_requests.hibernate(name, force))
+
+    async def snapshots(self) -> types.SnapshotsResult:
+        return await self._pool.send(_requests.snapshots())
+
+    async def verify_snapshot(self, name: str) -> types.SnapshotResult:
+        return await self._pool.send(_requests.verify_snapshot(name))
+
+    async def delete_snapshot(self, name: str) -> types.SnapshotResult:
+        return await self._pool.send(_requests.delete_snapshot(name))
 
     async def migrate(
         self,
@@ -214,9 +223,14 @@ class AsyncGpuSched:
         return await self._pool.send(_requests.migrate(name, gpu, gpus, force))
 
     async def fork(
-        self, name: str, copies: int = 2, gpus: Sequence[int] | None = None
-    ) -> dict[str, Any]:
-        return await self._pool.send(_requests.fork(name, copies, gpus))
+        self,
+        name: str,
+        copies: int = 2,
+        gpus: Sequence[int] | None = None,
+        *,
+        force: bool = False,
+    ) -> types.ForkResult:
+        return await self._pool.send(_requests.fork(name, copies, gpus, force))
 
     @overload
     async def swap(

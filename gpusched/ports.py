@@ -226,8 +226,129 @@ class Trees(Protocol):
         """Trees that a supervisor of this state directory started and that still run, for recovery."""
         ...
 
+    async def end(self, tree_id: str, main: Identity | None) -> None:
+        """Ends all of an isolated tree at once, by its init; returns when nothing of it is left.
+
+        Raises DriverError when the kernel does not let go of it within a minute.
+        """
+        ...
+
     async def forget(self, tree_id: str) -> None:
         """Removes the supervisor's files of a tree that has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRoom:
+    """``used_bytes``: all images; ``free_bytes``: what the file system has left for more."""
+
+    used_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskFacts:
+    """What saving one tree meets. ``need_bytes`` is what its image will take at most.
+
+    ``shared_files`` are open for writing: copies would write to the same.
+    """
+
+    obstacles: tuple[Obstacle, ...]
+    need_bytes: int
+    shared_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A committed image. ``pids``: host pid -> pid inside, of every member."""
+
+    size_bytes: int
+    pids: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Woken:
+    """Processes that came back, stopped. ``pids``: pid inside -> host pid."""
+
+    main: Identity
+    pids: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """A complete image. ``record`` is what the engine wanted kept with it; ``pids``: see ``Saved``."""
+
+    image_id: str
+    size_bytes: int
+    created_unix_s: float
+    record: Mapping[str, object]
+    pids: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revival:
+    """How processes are to come back from an image: as which tree, with which log, and in which network."""
+
+    tree_id: str
+    name: str
+    log_path: str
+    fresh_log: bool
+    own_network: bool
+
+
+class Disk(Protocol):
+    """Isolated trees as images on disk. Every image is whole, synced and checked, or not there."""
+
+    def why_not(self) -> str:
+        """Why nothing can be saved on this machine; empty when it can."""
+        ...
+
+    def room(self) -> DiskRoom: ...
+
+    async def look(
+        self, tree_id: str, main: Identity, members: Sequence[Member], record: Mapping[str, object]
+    ) -> DiskFacts:
+        """What would be in the way of ``save``. Touches nothing."""
+        ...
+
+    async def save(
+        self,
+        image_id: str,
+        tree_id: str,
+        main: Identity,
+        members: Sequence[Member],
+        record: Mapping[str, object],
+    ) -> Saved:
+        """Saves stopped processes, which stay as they are. Blocks for as long as the disk takes.
+
+        Raises CriuError, InsufficientDisk, DeadlineExceeded; then nothing of the image is left.
+        """
+        ...
+
+    async def changes(self, image_id: str) -> list[str]:
+        """What is not any more as the image needs it, each for a person to read; empty: it can be woken.
+
+        Raises NotFound where there is no such image.
+        """
+        ...
+
+    async def wake(self, image_id: str, revival: Revival) -> Woken:
+        """The processes of an image, stopped, in fresh namespaces. The image stays.
+
+        Raises CriuError, InsufficientHostMemory, NotFound, DeadlineExceeded; then no process is left.
+        """
+        ...
+
+    async def images(self) -> list[Image]:
+        """All complete images; what a dead daemon left half done is cleared away first."""
+        ...
+
+    async def verify(self, image_id: str) -> None:
+        """Reads all of an image. Raises CriuError naming the file that is not what was written."""
+        ...
+
+    async def delete(self, image_id: str) -> None:
+        """Never raises for one that is gone."""
         ...
 
 

@@ -89,6 +89,9 @@ class PrivateDaemon:
             *args,
         ]
         self._env = {k: v for k, v in os.environ.items() if not k.startswith("GPUSCHED_")}
+        criu = os.environ.get("GPUSCHED_CRIU") or str(ROOT / ".criu/bin/criu")
+        if Path(criu).exists():
+            self._env["GPUSCHED_CRIU"] = criu
         self._env.update(env or {})
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from daemons import PrivateDaemon, request, wait_until
-from gpusched.mechanisms.sim.layout import SimDirectory, Word, Work
+from gpusched.mechanisms.sim.control import Word, Work
+from gpusched.mechanisms.sim.layout import SimDirectory
 
 READY_S = 30.0
 _DIGEST = re.compile(r"(?:ready|tick (\d+)) digest=([0-9a-f]{16})")

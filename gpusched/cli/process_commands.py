@@ -113,12 +113,20 @@ def adopt_command(pid: int, name: str, evictable: bool, as_json: bool) -> None:
 def print_frozen(result: dict[str, Any]) -> None:
     rest = f"{result['name']} → {result['tier']} ({result['duration_ms']} ms)"
     print_result("Frozen", rest, result, colour="cyan")
+    print_sent_to_disk(result)
 
 
 def print_thawed(result: dict[str, Any]) -> None:
     rest = f"{result['name']} ← {result['from_tier']} ({result['duration_ms']} ms)"
     print_result("Thawed", rest, result)
+    print_sent_to_disk(result)
     print_evicted(result)
+
+
+def print_sent_to_disk(result: dict[str, Any]) -> None:
+    """Who went to disk to make room in host RAM."""
+    for name in result.get("to_disk", ()):
+        print_result("Hibernated", f"{name} → disk", result, colour="blue")
 
 
 def print_evicted(result: dict[str, Any]) -> None:
@@ -148,7 +156,7 @@ def freeze_command(name: str, force: bool, as_json: bool) -> None:
 @params.json_option
 @click.argument("name", type=params.NAME)
 def thaw_command(name: str, evict: bool, as_json: bool) -> None:
-    """Bring a frozen process back onto its GPU."""
+    """Bring a process back onto its GPU, from host RAM or from disk."""
     with progress(f"Thawing {name}"):
         result = params.connect().thaw(name, evict=evict)
     if as_json:

@@ -89,6 +89,32 @@ def ruid(pid: int) -> int | None:
     return _status_field(pid, b"Uid:")
 
 
+def inner_pid(pid: int) -> int | None:
+    """What a process is called in its own PID namespace. None when there is no such process."""
+    try:
+        text = _read(f"/proc/{pid}/status")
+        start = text.index(b"\nNSpid:") + 7
+        return int(text[start : text.index(b"\n", start)].split()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def resident_bytes(pid: int) -> int:
+    """RAM that a process has, that which it shares included; 0 when it is gone."""
+    try:
+        return int(_read(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def has_in_environ(pid: int, entry: bytes) -> bool:
+    """Whether root started the process with this entry in its environment. Nobody else is believed."""
+    try:
+        return ruid(pid) == 0 and entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 def _status_field(pid: int, name: bytes) -> int | None:
     """The first number of a line of /proc/PID/status."""
     try:
@@ -150,6 +176,11 @@ class Table:
         return found
 
 
+def all_pids() -> list[int]:
+    # names, not hundreds of Path objects
+    return [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]  # noqa: PTH208
+
+
 def scan() -> Table:
     """Looks at all processes: 11 us each.
 
@@ -158,9 +189,7 @@ def scan() -> Table:
     """
     table: dict[int, Stat] = {}
     for _ in range(_MAX_PASSES):
-        # names, not hundreds of Path objects
-        pids = [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]  # noqa: PTH208
-        born = [stat for pid in pids if pid not in table and (stat := read_stat(pid))]
+        born = [stat for pid in all_pids() if pid not in table and (stat := read_stat(pid))]
         if not born:
             break
         table.update((stat.pid, stat) for stat in born)

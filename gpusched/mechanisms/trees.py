@@ -168,6 +168,41 @@ class TreeKeeper:
         """How a launched tree's main process ended; None while it runs, and when nobody recorded it."""
         return self._files(tree_id).exit_status()
 
+    def revive(
+        self, launch: Launch, bring_back: Callable[[Identity], int], **how: object
+    ) -> Identity:
+        """Blocks; for the disk tier's threads. See ``launching.revive``. Raises AlreadyExists for a tree that lives."""
+        files = self._files(launch.tree_id)
+        self._ties.pop(launch.tree_id, None)
+        try:
+            return launching.revive(launch, files, self._ground, bring_back, **how)
+        except FileExistsError:
+            raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
+        finally:
+            self._ties.pop(launch.tree_id, None)
+
+    def launch_of(self, tree_id: str) -> Launch | None:
+        """How a tree was started; None where that is not recorded."""
+        return self._files(tree_id).launch()
+
+    def init_of(self, tree_id: str) -> Identity | None:
+        """The supervisor of a tree, which is the init of an isolated one."""
+        return self._tie(tree_id)[0]
+
+    def own_directories(self, tree_id: str) -> list[Path]:
+        """What lies outside the tree's directory and is its alone."""
+        return self._ground.own_directories(tree_id)
+
+    async def end(self, tree_id: str, main: Identity | None) -> None:
+        """See ``ports.Trees``."""
+        files = self._files(tree_id)
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(self._threads, launching.end, files):
+            pid = main.pid if main else "?"
+            raise errors.DriverError(
+                f"pid {pid} did not end after SIGKILL: the kernel still holds it, see dmesg"
+            )
+
     async def forget(self, tree_id: str) -> None:
         files = self._files(tree_id)
         _, group = self._tie(tree_id)

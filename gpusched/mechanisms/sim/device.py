@@ -24,16 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from gpusched.mechanisms.sim.layout import (
-    ENV_DIR,
-    FRESH,
-    MAX_ALLOCATIONS,
-    Allocation,
-    Control,
-    SimDirectory,
-    Word,
-    read_stat,
-)
+from gpusched.mechanisms.sim.control import MAX_ALLOCATIONS, Allocation, Control, Word, read_stat
+from gpusched.mechanisms.sim.layout import ENV_DIR, FRESH, SimDirectory
 from gpusched.ports import Gpu
 from gpusched.units import format_size
 

@@ -22,19 +22,17 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.mechanisms.sim import moving
-from gpusched.mechanisms.sim.layout import (
-    FRESH,
+from gpusched.mechanisms.sim.control import (
     MAX_GPUS,
     Record,
-    SimDirectory,
     Word,
     Work,
-    bytes_by_gpu,
     flocked,
     is_alive,
     parse_key,
     read_stat,
 )
+from gpusched.mechanisms.sim.layout import FRESH, SimDirectory, bytes_by_gpu
 from gpusched.mechanisms.sim.script import Script, When
 from gpusched.mechanisms.sim.target import Target, os_errors
 from gpusched.ports import Description, DriverState, Gpu, GpuMemory, Obstacle, Usage

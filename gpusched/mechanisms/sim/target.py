@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Final
 
 from gpusched import errors
-from gpusched.mechanisms.sim.layout import (
+from gpusched.mechanisms.sim.control import (
     Control,
     Record,
-    SimDirectory,
     Work,
     flocked,
     is_alive,
     open_plain,
     read_stat,
 )
+from gpusched.mechanisms.sim.layout import SimDirectory
 
 #: Calls of a locked process are over already, unless the driver that locked it was killed before it knew.
 _DRAIN_WAIT_S: Final = 5.0
