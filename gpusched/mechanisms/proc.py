@@ -89,13 +89,27 @@ def ruid(pid: int) -> int | None:
     return _status_field(pid, b"Uid:")
 
 
+def inner_pid(pid: int) -> int | None:
+    """The pid that a process has in its own (innermost) PID namespace. None when there is no such process."""
+    try:
+        return int(_status_line(pid, b"NSpid:").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _status_field(pid: int, name: bytes) -> int | None:
     """The first number of a line of /proc/PID/status."""
     try:
-        text = _read(f"/proc/{pid}/status")
-        return int(text[text.index(b"\n" + name) + len(name) + 1 :].split(None, 1)[0])
+        return int(_status_line(pid, name).split(None, 1)[0])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _status_line(pid: int, name: bytes) -> bytes:
+    """What follows the name in /proc/PID/status. Raises OSError, ValueError."""
+    text = _read(f"/proc/{pid}/status")
+    begin = text.index(b"\n" + name) + len(name) + 1
+    return text[begin : text.index(b"\n", begin)]
 
 
 def waits_in_vfork(pid: int) -> bool:
