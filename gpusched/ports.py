@@ -248,10 +248,7 @@ class DiskRoom:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFacts:
-    """What saving one tree meets. ``need_bytes`` is what its image will take at most.
-
-    ``shared_files`` are open for writing: copies would write to the same.
-    """
+    """What saving one tree meets: bytes of its image at most; files open for writing, which copies would share."""
 
     obstacles: tuple[Obstacle, ...]
     need_bytes: int

@@ -20,9 +20,8 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +30,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gpusched import errors
-from gpusched.mechanisms import disk_facts, launching, proc
-from gpusched.mechanisms.criu import command
+from gpusched.mechanisms import disk_facts, proc
+from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu.inside import Inside, open_log
 from gpusched.mechanisms.criu.program import Program
-from gpusched.mechanisms.namespaces import MAIN_PID, SHM
+from gpusched.mechanisms.namespaces import SHM
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.ports import (
     DiskFacts,
@@ -47,13 +47,9 @@ from gpusched.ports import (
     Saved,
     Woken,
 )
-from gpusched.units import GIB
 
 T = TypeVar("T")
 _THREADS: Final = 8
-_GHOST_LIMIT_BYTES: Final = GIB
-#: In the environment of all that works on images of one directory, so that the next daemon finds it.
-_MARK: Final = "GPUSCHED_DISK_TIER"
 
 
 class DiskTier:
@@ -68,6 +64,7 @@ class DiskTier:
         self._criu = criu
         self._why_not = why_not
         self._sizes: dict[str, int] = {}
+        self._turns: dict[str, threading.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
 
     def close(self) -> None:
@@ -114,21 +111,23 @@ class DiskTier:
     ) -> Saved:
         pids = {m.pid: inner for m in members if (inner := proc.inner_pid(m.pid)) is not None}
         meta = {"record": record, "pids": {str(k): v for k, v in pids.items()}}
-        size = await self._do("write the image", self._save, image_id, tree_id, meta)
+        need = (await self.look(tree_id, main, members, record)).need_bytes
+        size = await self._do("write the image", self._save, image_id, tree_id, meta, need)
         self._sizes[image_id] = size
         return Saved(size_bytes=size, pids=pids)
 
-    def _save(self, image_id: str, tree_id: str, meta: dict[str, Any]) -> int:
+    def _save(self, image_id: str, tree_id: str, meta: dict[str, Any], need_bytes: int) -> int:
         init, launch = self._trees.init_of(tree_id), self._trees.launch_of(tree_id)
         if init is None or launch is None:
             raise errors.CriuError(f"{tree_id} has lost its init, so it cannot be saved")
+        assert self._criu is not None
         part = self._directory / f"{image_id}.tmp"
         part.mkdir(mode=0o700)
         try:
             (part / "criu").mkdir(mode=0o700)
-            with _opened(part / "criu") as images, _nothing() as nothing:
-                argv = command.dump(MAIN_PID, images, nothing, _GHOST_LIMIT_BYTES)
-                self._run(init, argv, (images, nothing), launch.name)
+            with _opened(part / "criu") as files, Inside(init) as inside:
+                limit_s = run.time_limit_s(need_bytes)
+                run.dump(self._criu, inside, files, name=launch.name, timeout_s=limit_s)
             for name, place in self._places(tree_id, init).items():
                 _pack(place, part / f"{name}.tar")
             size = disk_facts.bytes_of(part)
@@ -155,29 +154,6 @@ class DiskTier:
             places[f"own-{number}"] = str(path)
         return places
 
-    def _run(self, init: Identity, argv: list[str], fds: tuple[int, ...], name: str) -> None:
-        """Runs CRIU in the namespaces of a tree. Raises CriuError."""
-        assert self._criu is not None
-        enter = ["nsenter", "-t", str(init.pid), "-p", "-m", "-n", "--"]
-        with tempfile.TemporaryFile() as log:
-            code = subprocess.run(
-                [*enter, self._criu.path, *argv],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={"PATH": os.defpath, _MARK: str(self._directory)},
-                pass_fds=fds,
-                check=False,
-            ).returncode
-            log.seek(0)
-            lines = log.read().decode(errors="replace").splitlines()
-        if code != 0:
-            said = [x for x in lines if "Error" in x and "RLIMIT_NOFILE" not in x]
-            word = (said or [f"it ended with {code}"])[0].strip()
-            raise errors.CriuError(
-                f"CRIU could not {argv[0]} {name}: {word}", {"criu_log": lines[-20:]}
-            )
-
     # -- coming back ------------------------------------------------------------------------------
 
     async def changes(self, image_id: str) -> list[str]:
@@ -196,34 +172,38 @@ class DiskTier:
         with self._awaited(revival.tree_id):
             main = self._trees.revive(
                 launch,
-                lambda init: self._bring_back(image_id, launch, init, old.log_path),
+                lambda init: self._bring_back(
+                    self._directory / image_id, launch, init, old.log_path
+                ),
                 own_network=revival.own_network,
                 fresh_log=revival.fresh_log,
             )
-        pids = {}
-        for pid in proc.scan().descendants({main.pid}):
-            inner = proc.inner_pid(pid)
-            if inner is not None:
-                pids[inner] = pid
-        return Woken(main=main, pids=pids)
+        below = proc.scan().descendants({main.pid})
+        return Woken(main=main, pids={i: pid for pid in below if (i := proc.inner_pid(pid))})
 
-    def _bring_back(self, image_id: str, launch: Launch, init: Identity, old_log: str) -> int:
+    def _bring_back(self, image: Path, launch: Launch, init: Identity, old_log: str) -> int:
         """Fills the fresh namespaces of ``init``; the pid of the main process inside."""
-        image = self._directory / image_id
+        assert self._criu is not None
         for name, place in self._places(launch.tree_id, init).items():
             _unpack(image / f"{name}.tar", place)
         with contextlib.ExitStack() as stack:
-            images = stack.enter_context(_opened(image / "criu"))
-            work, nothing = stack.enter_context(_nothing()), stack.enter_context(_nothing())
+            inside = stack.enter_context(Inside(init))
+            files = stack.enter_context(_opened(image / "criu"))
             inherited = {}
             if old_log != os.devnull:
-                path = f"/proc/{init.pid}/root{launch.log_path}"
-                log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-                stack.callback(os.close, log)
-                inherited[old_log] = log
-            argv = command.restore(images, work, nothing, inherited=inherited)
-            self._run(init, argv, (images, work, nothing, *inherited.values()), launch.name)
-        return MAIN_PID
+                inherited[old_log] = open_log(inside, launch.log_path, launch.uid, launch.gid)
+                stack.callback(os.close, inherited[old_log])
+            # One at a time: CRIU makes files without a name anew under the same names, in directories that are shared.
+            stack.enter_context(self._turns.setdefault(image.name, threading.Lock()))
+            restored = run.restore(
+                self._criu,
+                inside,
+                files,
+                name=launch.name,
+                timeout_s=run.time_limit_s(disk_facts.bytes_of(image)),
+                inherited=inherited,
+            )
+        return restored.main.inner_pid
 
     @contextlib.contextmanager
     def _awaited(self, tree_id: str) -> Iterator[None]:
@@ -244,7 +224,10 @@ class DiskTier:
         return found
 
     def _images(self) -> list[Image]:
-        self._end_old_work()
+        assert self._criu is not None
+        for init in self._trees.inits():  # what an earlier daemon had set to work there
+            with contextlib.suppress(errors.NotFound, errors.Unsupported), Inside(init) as inside:
+                run.end_running_criu(self._criu, inside)
         found = []
         for path in sorted(self._directory.iterdir()):
             if path.suffix == ".tmp":
@@ -262,19 +245,6 @@ class DiskTier:
                 )
         return found
 
-    def _end_old_work(self) -> None:
-        """Ends what an earlier daemon had set to work on images: CRIU, and what led it into a namespace."""
-        mark = f"{_MARK}={self._directory}".encode()
-        deadline = time.monotonic() + launching.END_TIMEOUT_S
-        while left := [pid for pid in proc.all_pids() if proc.has_in_environ(pid, mark)]:
-            if time.monotonic() > deadline:
-                raise errors.DeadlineExceeded(f"CRIU of an earlier daemon does not end: {left}")
-            for pid in left:
-                stat = proc.read_stat(pid)
-                if stat is not None:
-                    launching.send_signal(pid, stat.start_ticks, signal.SIGKILL)
-            time.sleep(0.01)
-
     async def verify(self, image_id: str) -> None:
         await self._do("read the image", self._meta, image_id)
 
@@ -282,6 +252,7 @@ class DiskTier:
         for path in (self._directory / image_id, self._directory / f"{image_id}.tmp"):
             await self._do("delete the image", self._discard, path)
         self._sizes.pop(image_id, None)
+        self._turns.pop(image_id, None)
 
     def _discard(self, path: Path) -> None:
         """Under another name first: what is half deleted is no image."""
@@ -308,13 +279,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[int]:
-    """An empty directory."""
-    with tempfile.TemporaryDirectory(prefix="gpusched-criu-") as path, _opened(Path(path)) as fd:
-        yield fd
 
 
 def _pack(place: str, archive: Path) -> None:

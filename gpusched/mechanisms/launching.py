@@ -29,7 +29,7 @@ from gpusched.ports import Identity, Launch
 #: A start takes some 30 ms; longer than this means a dead network file system or a stopped supervisor.
 _START_TIMEOUT_S = 30.0
 #: After SIGKILL a process may still be in the kernel: a driver call, a large address space.
-END_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 60.0
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
@@ -167,7 +167,7 @@ def revive(
 def end(files: TreeFiles) -> bool:
     """SIGKILL to the init of an isolated tree, and so to all of it. Waits; whether nothing of it is left."""
     init, main = files.supervisor(), files.main()
-    deadline = time.monotonic() + END_TIMEOUT_S
+    deadline = time.monotonic() + _END_TIMEOUT_S
     while time.monotonic() < deadline:
         left = [i for i in (init, main) if i is not None and _is_there(i)]
         if not left:

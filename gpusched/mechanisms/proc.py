@@ -90,11 +90,9 @@ def ruid(pid: int) -> int | None:
 
 
 def inner_pid(pid: int) -> int | None:
-    """What a process is called in its own PID namespace. None when there is no such process."""
+    """The pid that a process has in its own (innermost) PID namespace. None when there is no such process."""
     try:
-        text = _read(f"/proc/{pid}/status")
-        start = text.index(b"\nNSpid:") + 7
-        return int(text[start : text.index(b"\n", start)].split()[-1])
+        return int(_status_line(pid, b"NSpid:").split()[-1])
     except (OSError, ValueError, IndexError):
         return None
 
@@ -107,21 +105,19 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def has_in_environ(pid: int, entry: bytes) -> bool:
-    """Whether root started the process with this entry in its environment. Nobody else is believed."""
-    try:
-        return ruid(pid) == 0 and entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-
-
 def _status_field(pid: int, name: bytes) -> int | None:
     """The first number of a line of /proc/PID/status."""
     try:
-        text = _read(f"/proc/{pid}/status")
-        return int(text[text.index(b"\n" + name) + len(name) + 1 :].split(None, 1)[0])
+        return int(_status_line(pid, name).split(None, 1)[0])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _status_line(pid: int, name: bytes) -> bytes:
+    """What follows the name in /proc/PID/status. Raises OSError, ValueError."""
+    text = _read(f"/proc/{pid}/status")
+    begin = text.index(b"\n" + name) + len(name) + 1
+    return text[begin : text.index(b"\n", begin)]
 
 
 def waits_in_vfork(pid: int) -> bool:

@@ -11,12 +11,16 @@ import contextlib
 import errno
 import marshal
 import os
+import select
 import signal
 import stat
 import sys
 
 from gpusched.mechanisms import namespaces
-from gpusched.mechanisms.bare_proc import descendants, read_stat, write_file
+from gpusched.mechanisms.bare_proc import descendants, read_stat, reap, write_file
+
+#: How often children that have ended are looked for while CRIU makes others.
+_REAP_S = 0.02
 
 
 class Task:
@@ -107,12 +111,18 @@ def revive(task: Task, go_fd: int, host_proc: int) -> tuple[int, tuple[int, int]
     cannot when it was killed: then StartFailed, and the end of this process ends everything in its namespace, of
     which the image holds another copy.
     """
+    while not select.select([go_fd], (), (), _REAP_S)[0]:
+        reap()  # what CRIU made and gave up is ours to bury, else it waits for that
     said = os.read(go_fd, 32)
     os.close(go_fd)
     if not said:
         raise StartFailed("revive", 0, "the processes were not brought back")
     pid = int(said)
-    if read_stat(pid)[1] != os.getpid():
+    try:
+        parent = read_stat(pid)[1]
+    except OSError as error:
+        raise StartFailed("revive", 0, f"pid {pid} ended as it came back") from error
+    if parent != os.getpid():
         raise StartFailed("revive", 0, f"pid {pid} has another parent")
     if task.cgroup:
         for member, _, _, _ in descendants(os.getpid()):
