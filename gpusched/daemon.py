@@ -34,7 +34,7 @@ from gpusched.mechanisms import journal as journals
 from gpusched.mechanisms import logs
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.criu import trials
-from gpusched.mechanisms.disk import DiskTier
+from gpusched.mechanisms.disk import DiskTier, NoDiskTier
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.host import ProcHost
 from gpusched.mechanisms.notify import notify
@@ -96,10 +96,10 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
     backend = "sim" if settings.backend == "sim" else "cuda"
     trees = TreeKeeper(settings.state_dir, binds=_shared_directories(settings, backend))
-    disk = await _disk(settings, trees)
     mark = await _after_old_helpers(settings.state_dir)
     driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
     description = await _describe(driver, settings, backend)
+    disk = await _disk(settings, trees, clock, description)
     limits = _limits(settings, backend, isolate=settings.isolate and not disk.why_not())
 
     path = settings.state_dir / "journal"
@@ -258,17 +258,19 @@ def _shared_directories(settings: Settings, backend: str) -> list[tuple[str, str
     return [(sim, sim), (sim, f"{sim}/host"), (f"{sim}/trees/{{tree}}/procs", f"{sim}/procs")]
 
 
-async def _disk(settings: Settings, trees: TreeKeeper) -> DiskTier:
-    """The disk tier, with the reason where there is none. Half a second, once in a boot of the machine."""
+async def _disk(
+    settings: Settings, trees: TreeKeeper, clock: SystemClock, driver: Description
+) -> DiskTier | NoDiskTier:
+    """The disk tier, or the reason why there is none. Half a second, once in a boot of the machine."""
     if os.geteuid() != 0:
-        why = "the daemon is not root's, and only root's can give a process namespaces of its own"
-        return DiskTier(trees, settings.state_dir, None, why)
+        return NoDiskTier(
+            "the daemon is not root's, and only root's can give a process namespaces of its own"
+        )
     found = await asyncio.to_thread(trials.find, settings.criu)
-    directory = settings.disk_dir or settings.state_dir / "images"
-    if found.program is not None:
-        own_directory(directory, 0o700, "image", "--disk-dir")
-    why = f"{found.why_not} (gpusched doctor says more)" if found.why_not else ""
-    return DiskTier(trees, directory, found.program, why)
+    if found.program is None:
+        return NoDiskTier(f"{found.why_not} (gpusched doctor says more)")
+    root = settings.disk_dir or settings.state_dir / "images"
+    return DiskTier(trees, clock, root, found.program, driver)
 
 
 def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:

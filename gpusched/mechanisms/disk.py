@@ -1,28 +1,17 @@
 """The disk tier: isolated trees saved as images and brought back. Implements ``ports.Disk``.
 
 Covers: what belongs to a tree beside its processes (its /dev/shm, what a simulated GPU holds of it), the order of
-steps, what is in the way, and threads. Does not cover: CRIU's options and which CRIU (``criu/``), fresh namespaces
+steps, and threads. Does not cover: CRIU, the store of images and what is in the way (``criu/``), fresh namespaces
 (``launching.py``), when anything is saved (the engine).
-
-    IMAGE/          0700, root's; IMAGE.tmp until it is committed
-        criu/       what CRIU wrote
-        shm.tar     the tree's /dev/shm
-        own-N.tar   directories outside of it that are the tree's alone
-        meta.json   how it was started, the engine's record, sizes
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
-import json
 import os
-import shutil
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -30,13 +19,18 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gpusched import errors
-from gpusched.mechanisms import disk_facts, proc
-from gpusched.mechanisms.criu import run
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.criu import manifest, preflight, run, system
+from gpusched.mechanisms.criu.image import About
+from gpusched.mechanisms.criu.image import Image as StoredImage
+from gpusched.mechanisms.criu.images import ImageStore, Listed
 from gpusched.mechanisms.criu.inside import Inside, open_log
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.namespaces import SHM
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.ports import (
+    Clock,
+    Description,
     DiskFacts,
     DiskRoom,
     Identity,
@@ -47,22 +41,59 @@ from gpusched.ports import (
     Saved,
     Woken,
 )
+from gpusched.units import MIB
 
 T = TypeVar("T")
 _THREADS: Final = 8
+
+
+class NoDiskTier:
+    """A machine, or a daemon, that cannot save anything; ``reason`` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def close(self) -> None: ...
+
+    def why_not(self) -> str:
+        return self._reason
+
+    def room(self) -> DiskRoom:
+        return DiskRoom(used_bytes=0, free_bytes=0)
+
+    async def images(self) -> list[Image]:
+        return []
+
+    async def delete(self, image_id: str) -> None: ...
+
+    async def look(self, *_: object) -> DiskFacts:
+        raise errors.Unsupported(self._reason)
+
+    async def save(self, *_: object) -> Saved:
+        raise errors.Unsupported(self._reason)
+
+    async def changes(self, image_id: str) -> list[str]:
+        return [f"image {image_id} cannot be used: {self._reason}"]
+
+    async def wake(self, *_: object) -> Woken:
+        raise errors.Unsupported(self._reason)
+
+    async def verify(self, image_id: str) -> None:
+        raise errors.Unsupported(f"image {image_id}: {self._reason}")
 
 
 class DiskTier:
     """Images in one directory, which belongs to this daemon alone."""
 
     def __init__(
-        self, trees: TreeKeeper, directory: Path, criu: Program | None, why_not: str
+        self, trees: TreeKeeper, clock: Clock, root: Path, program: Program, driver: Description
     ) -> None:
-        """``why_not``: why nothing can be saved here; then ``criu`` is None."""
+        """Raises what ``ImageStore`` raises."""
         self._trees = trees
-        self._directory = directory
-        self._criu = criu
-        self._why_not = why_not
+        self._clock = clock
+        self._store = ImageStore(root)
+        self._program = program
+        self._driver = driver
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, threading.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
@@ -71,20 +102,16 @@ class DiskTier:
         """Lets go of the threads; what is under way goes on to its end."""
         self._threads.shutdown(wait=False)
 
-    async def _do(self, what: str, work: Callable[..., T], *args: Any) -> T:
-        """``work`` on a thread; the system's errors become ours here."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
-        except OSError as error:
-            raise _system_error(what, error) from error
+    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def why_not(self) -> str:
-        return self._why_not
+        return ""
 
     def room(self) -> DiskRoom:
         """See ``ports.Disk``. Microseconds: the sizes of images are known."""
         try:
-            free = shutil.disk_usage(self._directory).free if not self._why_not else 0
+            free = self._store.free_bytes()
         except OSError:
             free = 0
         return DiskRoom(used_bytes=sum(self._sizes.values()), free_bytes=free)
@@ -92,12 +119,24 @@ class DiskTier:
     async def look(
         self, tree_id: str, main: Identity, members: Sequence[Member], record: Mapping[str, object]
     ) -> DiskFacts:
-        launch = self._trees.launch_of(tree_id)
-        log_path = launch.log_path if launch is not None else ""
-        own = self._trees.own_directories(tree_id)
-        return await self._do(
-            "look at the process", disk_facts.look, main, list(members), log_path, own
-        )
+        return await self._do(self._look, tree_id, bool(members) and all(m.stopped for m in members))
+
+    def _look(self, tree_id: str, is_frozen: bool) -> DiskFacts:
+        init, launch = self._whose(tree_id)
+        with _still_there(launch.name), Inside(init) as inside:
+            tasks = inside.tasks()
+            own = sum(_bytes_below(path) for path in self._trees.own_directories(tree_id))
+            return DiskFacts(
+                obstacles=tuple(preflight.obstacles(inside, launch.name, gpu_released=is_frozen)),
+                need_bytes=preflight.image_bytes(tasks) + own + MIB,
+                shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
+            )
+
+    def _whose(self, tree_id: str) -> tuple[Identity, Launch]:
+        init, launch = self._trees.init_of(tree_id), self._trees.launch_of(tree_id)
+        if init is None or launch is None:
+            raise errors.CriuError(f"{tree_id} has lost its init, so it cannot be saved")
+        return init, launch
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -109,98 +148,104 @@ class DiskTier:
         members: Sequence[Member],
         record: Mapping[str, object],
     ) -> Saved:
-        pids = {m.pid: inner for m in members if (inner := proc.inner_pid(m.pid)) is not None}
-        meta = {"record": record, "pids": {str(k): v for k, v in pids.items()}}
-        need = (await self.look(tree_id, main, members, record)).need_bytes
-        size = await self._do("write the image", self._save, image_id, tree_id, meta, need)
-        self._sizes[image_id] = size
-        return Saved(size_bytes=size, pids=pids)
+        facts = await self.look(tree_id, main, members, record)
+        saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
+        self._sizes[image_id] = saved.size_bytes
+        return saved
 
-    def _save(self, image_id: str, tree_id: str, meta: dict[str, Any], need_bytes: int) -> int:
-        init, launch = self._trees.init_of(tree_id), self._trees.launch_of(tree_id)
-        if init is None or launch is None:
-            raise errors.CriuError(f"{tree_id} has lost its init, so it cannot be saved")
-        assert self._criu is not None
-        part = self._directory / f"{image_id}.tmp"
-        part.mkdir(mode=0o700)
-        try:
-            (part / "criu").mkdir(mode=0o700)
-            with _opened(part / "criu") as files, Inside(init) as inside:
+    def _save(
+        self, image_id: str, tree_id: str, need_bytes: int, record: Mapping[str, object]
+    ) -> Saved:
+        init, launch = self._whose(tree_id)
+        with _still_there(launch.name), Inside(init) as inside:
+            tasks = inside.tasks()
+            pids = {task.pid: task.inner_pid for task in tasks}
+            vram = _vram_of(record)
+            about = About(
+                name=launch.name,
+                uid=launch.uid,
+                created_unix_s=self._clock.unix_s(),
+                machine=system.read_machine(self._program, self._driver if vram else None),
+                used=tuple(system.used_files(inside, tasks)),
+                vram_bytes=vram,
+                record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())},
+            )
+            with self._store.begin(image_id) as draft:
                 limit_s = run.time_limit_s(need_bytes)
-                run.dump(self._criu, inside, files, name=launch.name, timeout_s=limit_s)
-            for name, place in self._places(tree_id, init).items():
-                _pack(place, part / f"{name}.tar")
-            size = disk_facts.bytes_of(part)
-            self._commit(part, {**meta, "launch": asdict(launch), "size_bytes": size})
-        except BaseException:
-            self._discard(part)
-            raise
-        return size
+                with draft.following():
+                    run.dump(
+                        self._program, inside, draft.criu_fd, name=launch.name, timeout_s=limit_s
+                    )
+                for part, directory in self._parts(tree_id, inside):
+                    draft.save_directory(part, directory)
+                made = draft.commit(about)
+        return Saved(size_bytes=made.size_bytes, pids=pids)
 
-    def _commit(self, part: Path, meta: dict[str, Any]) -> None:
-        meta["created_unix_s"] = time.clock_gettime(time.CLOCK_REALTIME)
-        (part / "meta.json").write_text(json.dumps(meta))
-        for path in (*part.rglob("*"), part):
-            with _opened(path) as fd:
-                os.fsync(fd)
-        part.rename(part.with_suffix(""))
-        with _opened(self._directory) as fd:
-            os.fsync(fd)
-
-    def _places(self, tree_id: str, init: Identity) -> dict[str, str]:
-        """What is the tree's beside its processes, by the name of its part of the image."""
-        places = {"shm": f"/proc/{init.pid}/root{SHM}"}
+    def _parts(self, tree_id: str, inside: Inside) -> Iterator[tuple[str, int]]:
+        """What is the tree's beside its processes: names of parts of the image, and directories, open by turns."""
+        shm = inside.open(SHM, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield "shm", shm
+        finally:
+            os.close(shm)
         for number, path in enumerate(self._trees.own_directories(tree_id)):
-            places[f"own-{number}"] = str(path)
-        return places
+            with _opened(path) as directory:
+                yield f"own-{number}", directory
 
     # -- coming back ------------------------------------------------------------------------------
 
     async def changes(self, image_id: str) -> list[str]:
-        await self._do("read the image", self._meta, image_id)
-        return []
+        return await self._do(self._changes, image_id)
+
+    def _changes(self, image_id: str) -> list[str]:
+        with self._store.open(image_id) as image:
+            then = image.manifest
+        now = system.read_machine(self._program, self._driver if then.vram_bytes else None)
+        stamps = system.stamps(file.path for file in then.used)
+        log_path = _launch_in(then).log_path
+        return [str(d) for d in manifest.compare(then, now, stamps, [log_path]) if d.blocks]
 
     async def wake(self, image_id: str, revival: Revival) -> Woken:
-        return await self._do("bring the processes back", self._wake, image_id, revival)
+        return await self._do(self._wake, image_id, revival)
 
     def _wake(self, image_id: str, revival: Revival) -> Woken:
-        meta = self._meta(image_id)
-        fields: dict[str, Any] = meta["launch"]
-        fields |= {"argv": tuple(fields["argv"]), "groups": tuple(fields["groups"])}
-        old = Launch(**fields)
-        launch = replace(old, tree_id=revival.tree_id, name=revival.name, log_path=revival.log_path)
-        with self._awaited(revival.tree_id):
+        with self._store.open(image_id) as image, self._awaited(revival.tree_id):
+            old = _launch_in(image.manifest)
+            launch = replace(
+                old, tree_id=revival.tree_id, name=revival.name, log_path=revival.log_path
+            )
             main = self._trees.revive(
                 launch,
-                lambda init: self._bring_back(
-                    self._directory / image_id, launch, init, old.log_path
-                ),
+                lambda init: self._bring_back(image, launch, init, old.log_path),
                 own_network=revival.own_network,
                 fresh_log=revival.fresh_log,
             )
         below = proc.scan().descendants({main.pid})
         return Woken(main=main, pids={i: pid for pid in below if (i := proc.inner_pid(pid))})
 
-    def _bring_back(self, image: Path, launch: Launch, init: Identity, old_log: str) -> int:
+    def _bring_back(
+        self, image: StoredImage, launch: Launch, init: Identity, old_log: str
+    ) -> int:
         """Fills the fresh namespaces of ``init``; the pid of the main process inside."""
-        assert self._criu is not None
-        for name, place in self._places(launch.tree_id, init).items():
-            _unpack(image / f"{name}.tar", place)
         with contextlib.ExitStack() as stack:
             inside = stack.enter_context(Inside(init))
-            files = stack.enter_context(_opened(image / "criu"))
             inherited = {}
             if old_log != os.devnull:
                 inherited[old_log] = open_log(inside, launch.log_path, launch.uid, launch.gid)
                 stack.callback(os.close, inherited[old_log])
+            files = image.open_criu()
+            stack.callback(os.close, files)
             # One at a time: CRIU makes files without a name anew under the same names, in directories that are shared.
-            stack.enter_context(self._turns.setdefault(image.name, threading.Lock()))
+            stack.enter_context(self._turns.setdefault(image.image_id, threading.Lock()))
+            stack.enter_context(image.verifying())
+            for part, directory in self._parts(launch.tree_id, inside):
+                image.restore_directory(part, directory)
             restored = run.restore(
-                self._criu,
+                self._program,
                 inside,
                 files,
                 name=launch.name,
-                timeout_s=run.time_limit_s(disk_facts.bytes_of(image)),
+                timeout_s=run.time_limit_s(image.manifest.size_bytes),
                 inherited=inherited,
             )
         return restored.main.inner_pid
@@ -217,92 +262,74 @@ class DiskTier:
     # -- images -----------------------------------------------------------------------------------
 
     async def images(self) -> list[Image]:
-        if self._why_not:
-            return []
-        found = await self._do("look at the images", self._images)
+        found = await self._do(self._images)
         self._sizes = {image.image_id: image.size_bytes for image in found}
         return found
 
     def _images(self) -> list[Image]:
-        assert self._criu is not None
         for init in self._trees.inits():  # what an earlier daemon had set to work there
             with contextlib.suppress(errors.NotFound, errors.Unsupported), Inside(init) as inside:
-                run.end_running_criu(self._criu, inside)
-        found = []
-        for path in sorted(self._directory.iterdir()):
-            if path.suffix == ".tmp":
-                shutil.rmtree(path, ignore_errors=True)
-            elif (path / "meta.json").exists():
-                meta = self._meta(path.name)
-                found.append(
-                    Image(
-                        image_id=path.name,
-                        size_bytes=meta["size_bytes"],
-                        created_unix_s=meta["created_unix_s"],
-                        record=meta["record"],
-                        pids={int(pid): inner for pid, inner in meta["pids"].items()},
-                    )
-                )
-        return found
+                run.end_running_criu(self._program, inside)
+        self._store.collect()
+        return [_told(each, each.manifest) for each in self._store.images() if each.manifest]
 
     async def verify(self, image_id: str) -> None:
-        await self._do("read the image", self._meta, image_id)
+        await self._do(self._verify, image_id)
+
+    def _verify(self, image_id: str) -> None:
+        with self._store.open(image_id) as image:
+            image.verify()
 
     async def delete(self, image_id: str) -> None:
-        for path in (self._directory / image_id, self._directory / f"{image_id}.tmp"):
-            await self._do("delete the image", self._discard, path)
+        with contextlib.suppress(errors.NotFound):
+            await self._do(self._store.delete, image_id)
         self._sizes.pop(image_id, None)
         self._turns.pop(image_id, None)
 
-    def _discard(self, path: Path) -> None:
-        """Under another name first: what is half deleted is no image."""
-        with contextlib.suppress(FileNotFoundError):
-            gone = path.with_name(f"{path.name.removesuffix('.tmp')}.gone.tmp")
-            path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
 
-    def _meta(self, image_id: str) -> dict[str, Any]:
-        """Raises NotFound."""
-        try:
-            found: dict[str, Any] = json.loads(
-                (self._directory / image_id / "meta.json").read_text()
-            )
-        except FileNotFoundError:
-            raise errors.NotFound(f"there is no image {image_id}") from None
-        return found
+def _told(listed: Listed, about: manifest.Manifest) -> Image:
+    return Image(
+        image_id=listed.image_id,
+        size_bytes=about.size_bytes,
+        created_unix_s=about.created_unix_s,
+        record=about.record["engine"],
+        pids={pid: inner for pid, inner in about.record["pids"]},
+    )
+
+
+def _launch_in(about: manifest.Manifest) -> Launch:
+    fields: dict[str, Any] = dict(about.record["launch"])
+    return Launch(**fields | {name: tuple(fields[name]) for name in ("argv", "groups")})
+
+
+def _vram_of(record: Mapping[str, object]) -> int:
+    process = record.get("proc")
+    held = process.get("vram") if isinstance(process, dict) else None
+    return sum(held.values()) if isinstance(held, dict) else 0
+
+
+def _bytes_below(directory: Path) -> int:
+    """What the files below take; holes take nothing."""
+    found = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            found += path.lstat().st_blocks * 512
+    return found
+
+
+@contextlib.contextmanager
+def _still_there(name: str) -> Iterator[None]:
+    """The namespaces of a tree end with its init, whatever we are doing there."""
+    try:
+        yield
+    except errors.NotFound as error:
+        raise errors.CriuError(f"{name} ended while it was saved: {error}") from error
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield fd
     finally:
         os.close(fd)
-
-
-def _pack(place: str, archive: Path) -> None:
-    _tar(
-        ["-C", place, "--one-file-system", "--sparse", "--numeric-owner", "-cf", str(archive), "."]
-    )
-
-
-def _unpack(archive: Path, place: str) -> None:
-    _tar(["-C", place, "--numeric-owner", "-xpf", str(archive)])
-
-
-def _tar(arguments: list[str]) -> None:
-    """Raises OSError; a full disk is told by its number."""
-    done = subprocess.run(
-        ["tar", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        full = os.strerror(errno.ENOSPC) in done.stderr
-        raise OSError(errno.ENOSPC if full else errno.EIO, done.stderr.strip()[-300:])
-
-
-def _system_error(what: str, error: OSError) -> errors.GpuschedError:
-    text = f"cannot {what}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return errors.InsufficientDisk(f"{text}; free some, or choose another with --disk-dir")
-    return errors.CriuError(text, {"errno": errno.errorcode.get(error.errno or 0, "")})

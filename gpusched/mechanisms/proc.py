@@ -97,14 +97,6 @@ def inner_pid(pid: int) -> int | None:
         return None
 
 
-def resident_bytes(pid: int) -> int:
-    """RAM that a process has, that which it shares included; 0 when it is gone."""
-    try:
-        return int(_read(f"/proc/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
 def _status_field(pid: int, name: bytes) -> int | None:
     """The first number of a line of /proc/PID/status."""
     try:

@@ -1,4 +1,7 @@
-"""What CRIU's log means to a person. Pure."""
+"""What CRIU's log means to a person. Pure.
+
+Only its error lines are read for a meaning: the others name files and programs, which are called what users like.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +11,73 @@ from typing import Final
 
 TAIL_LINES: Final = 20
 
-#: What CRIU says -> what to say. The first that is found counts; ``{0}`` is the process's name in gpusched.
-_MEANINGS: Final[Mapping[re.Pattern[str], Callable[[re.Match[str]], str]]] = {
-    re.compile(r"send_fds? .*failed|send_fds failed \(-22\)|io_uring"): lambda _: (
-        "{0} uses io_uring, which cannot be saved to disk; start it without "
+Meaning = Callable[[re.Match[str], str], str]
+#: What CRIU says -> what to say of the process called NAME. The first that is found counts.
+_MEANINGS: Final[Mapping[str, Meaning]] = {
+    r"send_fds failed \(-22\)": lambda _, name: (
+        f"{name} uses io_uring, which cannot be saved to disk; start it without "
         "(PyTorch's distributed store: UV_USE_IO_URING=0)"
     ),
-    re.compile(r"Can't dump half of stream unix connection"): lambda _: (
-        "{0} is connected to another program through a Unix socket; close that connection first"
+    r"Can't dump half of stream unix connection|External socket is used": lambda _, name: (
+        f"{name} is connected to another program through a Unix socket; close that connection first"
     ),
-    re.compile(r"Can't dump file (\d+) of that type \[\d+\] \(chr (\d+:\d+)"): lambda found: (
-        f"{{0}} has device {found[2]} open (fd {found[1]}); if it is a GPU's, its state was not released"
+    r"Can't dump file (\d+) of that type \[\d+\] \(chr (\d+:\d+)": lambda found, name: (
+        f"{name} has device {found[2]} open (fd {found[1]}); if it is a GPU's, its state was not released"
     ),
-    re.compile(r"Can't dump file (\d+) of that type \[\d+\] \((?!chr)([^)]*)"): lambda found: (
-        f"{{0}} has an open {found[2].strip() or 'descriptor'} (fd {found[1]}) that cannot be saved"
+    r"Can't dump file (\d+) of that type \[\d+\] \((?:anon )?(?:anon_inode:)?\[?([^)\]]*)": (
+        lambda found, name: (
+            f"{name} has an open {found[2].strip() or 'descriptor'} (fd {found[1]}) that cannot be saved"
+        )
     ),
-    re.compile(r"doesn't live in IPC ns"): lambda _: (
-        "{0} uses System V shared memory, which cannot be saved to disk"
+    r"doesn't live in IPC ns": lambda _, name: (
+        f"{name} uses System V shared memory, which cannot be saved to disk"
     ),
-    re.compile(r"[Uu]nable to detach|Unable to interrupt task|is being traced|Traced"): lambda _: (
-        "{0} is traced by another program (a debugger, strace); end that first"
+    r"[Uu]nable to detach|[Uu]nable to interrupt|SEIZE .*failed|can't be traced": lambda _, name: (
+        f"{name} is traced by another program (a debugger, strace); end that first"
     ),
-    re.compile(r"session leader .*outside|has no leader|leader of .* is outside"): lambda _: (
-        "{0} belongs to a session that began outside of it"
+    r"session leader|has no leader": lambda _, name: (
+        f"{name} belongs to a session that began outside of it"
     ),
-    re.compile(r"File (\S+) has bad (?:size|mode|build-?id).*", re.IGNORECASE): lambda found: (
-        f"{found[1]} was changed since {{0}} was saved"
+    r"File (\S+) has bad (?:size|mode|build-?id)": lambda found, name: (
+        f"{found[1]} was changed since {name} was saved"
     ),
-    re.compile(r"Can't open file (\S+) on restore"): lambda found: (
-        f"{found[1]}, which {{0}} had open when it was saved, cannot be opened any more"
+    r"Can't open file (\S+) on restore": lambda found, name: (
+        f"{found[1]}, which {name} had open when it was saved, cannot be opened any more"
     ),
-    re.compile(r"Can't fork for (\d+): File exists"): lambda found: (
-        f"pid {found[1]} is taken in the namespace that {{0}} was to come back in"
+    r"Can't fork for (\d+): File exists": lambda found, name: (
+        f"pid {found[1]} is taken in the namespace that {name} was to come back in"
     ),
-    re.compile(r"Can't bind .*[Aa]ddress already in use"): lambda _: (
-        "{0} listens on an address that another process has taken meanwhile"
+    r"Can't bind .*[Aa]ddress already in use": lambda _, name: (
+        f"{name} listens on an address that another process has taken meanwhile"
     ),
 }
 _FULL: Final = re.compile(r"No space left on device|Disk quota exceeded")
+_PREFIX: Final = re.compile(r"^(?:pie:)?\s*(?:\([\d.]+\))?\s*(?:\d+:)?\s*Error \([^)]*\):\s*")
 #: There on every run inside a namespace, and harmless.
 _HARMLESS: Final = ("Can't setup RLIMIT_NOFILE",)
 
 
 def explain(log: str, name: str, action: str) -> str:
     """One sentence. ``action``: "save" or "bring back"."""
-    for pattern, meaning in _MEANINGS.items():
-        if found := pattern.search(log):
-            return meaning(found).format(name)
     errors = error_lines(log)
-    reason = (
-        re.sub(r"^\([\d.]+\)\s*(?:\d+:\s*)?(Error\s*)?(\([^)]*\):\s*)?", "", errors[0])
-        if errors
-        else ""
-    )
-    return f"CRIU could not {action} {name}: {reason or 'it did not say why'}"
+    said = "\n".join(errors)
+    for pattern, meaning in _MEANINGS.items():
+        if found := re.search(pattern, said):
+            return meaning(found, name)
+    reason = _PREFIX.sub("", errors[0]) if errors else "it did not say why"
+    return f"CRIU could not {action} {name}: {reason}"
 
 
 def disk_is_full(log: str) -> bool:
-    return _FULL.search(log) is not None
+    return any(_FULL.search(line) for line in error_lines(log))
 
 
 def error_lines(log: str) -> list[str]:
     """The lines that tell of errors, without those that always come."""
     return [
-        line.strip()
+        line.strip()[:500]
         for line in log.splitlines()
-        if "Error" in line and not any(text in line for text in _HARMLESS)
+        if "Error (" in line and not any(text in line for text in _HARMLESS)
     ]
 
 

@@ -32,9 +32,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Task(NamedTuple):
-    """One process of a tree. ``pid`` is the host's, ``inner_pid`` the one inside."""
+    """One process of a tree. ``pid`` and ``parent`` are the host's, ``inner_pid`` is the one inside."""
 
     pid: int
+    parent: int
     inner_pid: int
     start_ticks: int
     state: str  # as in /proc/PID/stat
@@ -118,6 +119,11 @@ class Inside:
     def find(self, inner_pid: int) -> Task | None:
         """The process with that pid inside; None when there is none."""
         return next((task for task in self.tasks() if task.inner_pid == inner_pid), None)
+
+    @property
+    def network_namespace(self) -> int | None:
+        """A descriptor of it; None where the tree shares ours."""
+        return self._namespaces.get("net")
 
     @property
     def mark(self) -> str:
@@ -251,4 +257,8 @@ def _has_in_environ(pid: int, entry: bytes) -> bool:
 
 def _task(found: proc.Stat) -> Task | None:
     inner = proc.inner_pid(found.pid)
-    return None if inner is None else Task(found.pid, inner, found.start_ticks, found.state)
+    return (
+        None
+        if inner is None
+        else Task(found.pid, found.ppid, inner, found.start_ticks, found.state)
+    )
