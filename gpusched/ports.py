@@ -273,13 +273,17 @@ class Woken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A complete image. ``record`` is what the engine wanted kept with it; ``pids``: see ``Saved``."""
+    """A complete image. ``record`` is what the engine wanted kept with it; ``pids``: see ``Saved``.
+
+    ``problem`` says why nothing can be read of it; then the rest is empty.
+    """
 
     image_id: str
     size_bytes: int
-    created_unix_s: float
-    record: Mapping[str, object]
-    pids: Mapping[int, int]
+    created_unix_s: float = 0.0
+    record: Mapping[str, object] = field(default_factory=dict)
+    pids: Mapping[int, int] = field(default_factory=dict)
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,10 +300,7 @@ class Revival:
 class Disk(Protocol):
     """Isolated trees as images on disk. Every image is whole, synced and checked, or not there."""
 
-    def why_not(self) -> str:
-        """Why nothing can be saved on this machine; empty when it can."""
-        ...
-
+    def why_not(self) -> str: ...  # nothing can be saved on this machine; empty when it can
     def room(self) -> DiskRoom: ...
 
     async def look(

@@ -259,7 +259,7 @@ def test_a_descendant_that_hangs_on_the_init_alone_is_in_the_way(daemon: Private
     done(daemon, "run", name="orphaned", cmd=["sh", "-c", script])
     time.sleep(0.3)
     answer = refused(daemon, "unsupported", "hibernate", name="orphaned")
-    assert "lost its parent" in answer["error"]
+    assert "left its parents" in answer["error"]
     assert entries(daemon)["orphaned"]["state"] == "active"
 
 

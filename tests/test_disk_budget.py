@@ -80,7 +80,7 @@ def test_who_cannot_be_saved_is_passed_over_and_named(private_daemon: StartDaemo
     done(daemon, "freeze", name="stuck")
     other = Workload.start(daemon, "other", "24M")
     answer = refused(daemon, "insufficient_host_memory", "freeze", name="other")
-    assert "stuck" in answer["error"] and "lost its parent" in answer["error"]
+    assert "stuck" in answer["error"] and "left its parents" in answer["error"]
     assert states(daemon) == {"stuck": "frozen", "other": "active"}
     other.require_contents()
 

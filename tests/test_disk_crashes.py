@@ -9,6 +9,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +166,43 @@ def _bring_on(daemon: PrivateDaemon, model: Workload) -> None:
         done(daemon, "thaw", name="model")
     again(model).require("active")
     model.require_contents()
+
+
+@pytest.mark.parametrize(
+    "where", ["pages", "core", "manifest", "truncated"], ids=lambda where: str(where)
+)
+def test_an_image_that_is_damaged_is_refused_and_kept(
+    private_daemon: StartDaemon, where: str
+) -> None:
+    daemon = private_daemon()
+    Workload.start(daemon, "model", "8M")
+    done(daemon, "hibernate", name="model")
+    (name,) = images(daemon)
+    image = daemon.state_dir / "images" / name
+    _damage(image, where)
+    for method in ("verify_snapshot", "thaw"):
+        answer = request(daemon.socket, method, name="model", within_s=60)
+        assert not answer["ok"], (method, answer)
+    assert entries(daemon)["model"]["state"] == "hibernated"
+    assert images(daemon) == [name]
+    assert not list(daemon.sim_dir.glob("trees/*/procs/*"))
+    daemon.restart()
+    assert entries(daemon)["model"]["state"] == "hibernated"
+    assert images(daemon) == [name]
+
+
+def _damage(image: Path, where: str) -> None:
+    files = [p for p in image.rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    pick: Callable[[str], Path] = lambda part: next(p for p in files if part in p.name)  # noqa: E731
+    named = {"pages": "pages-", "core": "core-", "manifest": "manifest"}
+    path = pick(named[where]) if where in named else largest
+    data = bytearray(path.read_bytes())
+    if where == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+        return
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
 
 
 def test_a_driver_that_dies_while_it_comes_back(private_daemon: StartDaemon) -> None:

@@ -8,7 +8,7 @@ Covers: what a journal and the images say together, before the live trees are lo
 4. A copy that had not run is nobody's yet: it is ended and forgotten.
 5. A process on disk whose image is gone is dead, and says so.
 6. An image of a process that nobody remembers is that process. (The journal was lost.)
-7. Every other image is deleted.
+7. Every other image is deleted, but for those that are damaged: a person may want to look.
 """
 
 from __future__ import annotations
@@ -73,10 +73,19 @@ class DiskRecovery:
             await self._end(process)
             return None, True
         match process.state:
-            case _S.HIBERNATING if written := self._images.get(process.writing or ""):
+            case _S.HIBERNATING if written := self._complete(process.writing):
                 await self._end(process)
                 self._note(process, "was being saved to disk; is hibernated now")
                 return self._hibernated(process, written, "its image is complete"), True
+            case _S.WAKING | _S.HIBERNATED if image is not None and image.problem:
+                text = f"its image is damaged: {image.problem}"
+                self._note(process, text)
+                await self._end(process)
+                now = self._clock.unix_s()
+                kept = process.after(
+                    Trigger.FOUND_HIBERNATED, "recovery", now, error=text, main=None
+                )
+                return kept, True
             case _S.WAKING | _S.HIBERNATED if image is not None:
                 if process.state is _S.WAKING:
                     self._note(process, "was coming back from disk; is hibernated still")
@@ -94,17 +103,22 @@ class DiskRecovery:
     def after_end(self, process: Process) -> Process | None:
         """Rule 3, for a process that is not there any more; None where there is no image of it."""
         image = self._image_of(process)
-        if image is None or process.state in (_S.DEAD, _S.ACTIVE):
+        if image is None or image.problem or process.state in (_S.DEAD, _S.ACTIVE):
             return None
         self._note(process, "ended before it ran again; is hibernated still")
         return self._hibernated(process, image, "its image is what there is")
 
     async def finish(self, processes: Mapping[str, Process]) -> None:
         """Rule 7."""
-        needed = {p.on_disk.image for p in processes.values() if p.on_disk is not None}
+        needed: set[str] = {i.image_id for i in self._images.values() if i.problem}
+        needed |= {p.on_disk.image for p in processes.values() if p.on_disk is not None}
         for image_id in self._images.keys() - needed:
             log.info("image=%s belongs to nobody, deleted", image_id)
             await self._disk.delete(image_id)
+
+    def _complete(self, image_id: str | None) -> Image | None:
+        image = self._images.get(image_id or "")
+        return None if image is None or image.problem else image
 
     def _image_of(self, process: Process) -> Image | None:
         return self._images.get(process.on_disk.image) if process.on_disk is not None else None

@@ -119,7 +119,9 @@ class DiskTier:
     async def look(
         self, tree_id: str, main: Identity, members: Sequence[Member], record: Mapping[str, object]
     ) -> DiskFacts:
-        return await self._do(self._look, tree_id, bool(members) and all(m.stopped for m in members))
+        return await self._do(
+            self._look, tree_id, bool(members) and all(m.stopped for m in members)
+        )
 
     def _look(self, tree_id: str, is_frozen: bool) -> DiskFacts:
         init, launch = self._whose(tree_id)
@@ -223,9 +225,7 @@ class DiskTier:
         below = proc.scan().descendants({main.pid})
         return Woken(main=main, pids={i: pid for pid in below if (i := proc.inner_pid(pid))})
 
-    def _bring_back(
-        self, image: StoredImage, launch: Launch, init: Identity, old_log: str
-    ) -> int:
+    def _bring_back(self, image: StoredImage, launch: Launch, init: Identity, old_log: str) -> int:
         """Fills the fresh namespaces of ``init``; the pid of the main process inside."""
         with contextlib.ExitStack() as stack:
             inside = stack.enter_context(Inside(init))
@@ -271,7 +271,7 @@ class DiskTier:
             with contextlib.suppress(errors.NotFound, errors.Unsupported), Inside(init) as inside:
                 run.end_running_criu(self._program, inside)
         self._store.collect()
-        return [_told(each, each.manifest) for each in self._store.images() if each.manifest]
+        return [_told(each) for each in self._store.images()]
 
     async def verify(self, image_id: str) -> None:
         await self._do(self._verify, image_id)
@@ -287,13 +287,17 @@ class DiskTier:
         self._turns.pop(image_id, None)
 
 
-def _told(listed: Listed, about: manifest.Manifest) -> Image:
+def _told(listed: Listed) -> Image:
+    about = listed.manifest
+    if about is None:
+        size, problem = listed.disk_bytes, listed.problem
+        return Image(image_id=listed.image_id, size_bytes=size, problem=problem)
     return Image(
         image_id=listed.image_id,
         size_bytes=about.size_bytes,
         created_unix_s=about.created_unix_s,
         record=about.record["engine"],
-        pids={pid: inner for pid, inner in about.record["pids"]},
+        pids=dict(about.record["pids"]),
     )
 
 

@@ -188,6 +188,7 @@ class Image:
         """
         large = {name: one for name, one in self.manifest.files.items() if "/pages-" in name}
         small = {n: s for n, s in self.manifest.files.items() if n not in large}
+        self._verify(lambda: self._require_sizes(large))  # CRIU waits for ever for what is cut off
         self._verify(lambda: checksums.verify_files(self.fd, small, direct=False))
         stop = threading.Event()
         with ThreadPoolExecutor(1, "verify") as pool:
@@ -208,6 +209,12 @@ class Image:
             unpack(archive, directory)
         finally:
             os.close(archive)
+
+    def _require_sizes(self, files: Mapping[str, FileSum]) -> None:
+        for name, one in files.items():
+            size = stat_at(self.fd, name).st_size
+            if size != one.size_bytes:
+                raise Damaged(f"{name} has {size} bytes, not {one.size_bytes}")
 
     def _verify(self, verify: Callable[[], None]) -> None:
         try:
