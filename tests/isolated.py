@@ -15,9 +15,10 @@ from typing import Any
 from daemons import ROOT, wait_until
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.criu import run
-from gpusched.mechanisms.criu.image import About, Draft
+from gpusched.mechanisms.criu import tree as trees
+from gpusched.mechanisms.criu.image import About
 from gpusched.mechanisms.criu.images import ImageStore
-from gpusched.mechanisms.criu.inside import Inside
+from gpusched.mechanisms.criu.inside import Inside, open_log
 from gpusched.mechanisms.criu.manifest import Manifest
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.system import read_machine
@@ -94,16 +95,27 @@ def about(program: Program, **more: Any) -> About:
 def save(criu: Program, tree: Isolated, store: ImageStore, image_id: str = "a") -> Manifest:
     """The whole way of a hibernation but for the end of the original, which stays stopped."""
     with Inside(tree.init) as inside, store.begin(image_id) as draft:
-        dump(criu, inside, draft)
-        return draft.commit(about(criu))
+        saved = trees.save(criu, inside, draft, name="job", timeout_s=60)
+        return draft.commit(about(criu, used=saved.used, unnamed=saved.unnamed))
 
 
-def dump(criu: Program, inside: Inside, draft: Draft, timeout_s: float = 60) -> run.Done:
-    with draft.following():
-        done = run.dump(criu, inside, draft.criu_fd, name="job", timeout_s=timeout_s)
-    shm = inside.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        draft.save_directory("shm", shm)
-    finally:
-        os.close(shm)
-    return done
+def bring_back(
+    criu: Program, tree: Isolated, store: ImageStore, old_log: Path, image_id: str = "a"
+) -> run.Restored:
+    """Restores an image into a tree and lets it go on, its output in the tree's log."""
+    with store.open(image_id) as image, Inside(tree.init) as inside:
+        log = open_log(inside, str(tree.log), 0, 0)
+        try:
+            back = trees.bring_back(
+                criu,
+                inside,
+                image,
+                name="job",
+                now=read_machine(criu),
+                timeout_s=60,
+                inherited={str(old_log): log},
+            )
+        finally:
+            os.close(log)
+    run.resume(back.tasks)
+    return back

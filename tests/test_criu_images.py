@@ -413,8 +413,11 @@ def test_a_directory_is_saved_and_restored_as_it_was(tmp_path: Path, store: Imag
 # -- what must be unchanged -----------------------------------------------------------------------
 
 
-def stamp(size: int = 5, mtime: int = 1, ends: str = "e", elf: bool = False) -> Stamp:
-    return Stamp(size_bytes=size, mtime_ns=mtime, ends=ends, elf=elf)
+def stamp(
+    size: int = 5, mtime: int = 1, ends: str = "e", *, elf: bool = False, uid: int = 0
+) -> Stamp:
+    mode = 0o100644
+    return Stamp(mode=mode, uid=uid, gid=0, size_bytes=size, mtime_ns=mtime, ends=ends, elf=elf)
 
 
 def differences(
@@ -501,6 +504,14 @@ def test_what_has_changed_in_the_machine_is_named(
             False,
         ),
         (
+            stamp(uid=7, elf=True),
+            {},
+            "/lib/x.so is another file than when the process was saved (mode 100644, uid 0, gid 0 then, "
+            "mode 100644, uid 7, gid 0 now)",
+            True,
+        ),
+        (None, {"kept": "0"}, "/lib/x.so is gone; it was mapped when the process was saved", True),
+        (
             stamp(mtime=2),
             {"stamp": stamp()},
             "/lib/x.so is another file than when the process was saved (other contents)",
@@ -526,12 +537,14 @@ def test_the_files_of_a_real_process_are_known_again(tmp_path: Path, criu: Progr
         assert libraries[0].mapped
         assert libraries[0].stamp.elf
         assert not [path for path in used if path.startswith(("/dev", "/proc", "["))]
-        assert system.stamps(used) == {path: one.stamp for path, one in used.items()}
-    assert system.stamps([str(tmp_path), "/dev/null", "/nonexistent"]) == {
-        str(tmp_path): None,
-        "/dev/null": None,
-        "/nonexistent": None,
-    }
+        assert used["/"].mapped is False  # where it works
+        seen = system.look(inside, used)
+        assert {path: one.stamp for path, one in seen.items() if one} == {
+            path: one.stamp for path, one in used.items()
+        }
+        (tmp_path / "link").symlink_to(tmp_path / "log")
+        links = ["/dev/null", "/nonexistent", str(tmp_path / "link"), "/proc/self/exe"]
+        assert system.look(inside, links) == dict.fromkeys(links)
 
 
 def test_the_machine_is_read_with_its_gpus_where_there_are_some() -> None:
@@ -548,14 +561,11 @@ def test_the_machine_is_read_with_its_gpus_where_there_are_some() -> None:
 
 def test_lines_of_maps_are_understood() -> None:
     line = b"7f00-7f01 rw-s 00000000 fe:00 12   /tmp/a\\040b\\012c"
-    assert system.parse_mapping(line) == ("/tmp/a b\nc", True)
-    for tail in (
-        b"",
-        b"[heap]",
-        b"/memfd:x (deleted)",
-        b"/usr/x (deleted)",
-        b"/dev/shm/x",
-        b"/SYSV0",
-    ):
+    assert system.parse_mapping(line) == system.Mapping("7f00-7f01", "/tmp/a b\nc", True)
+    line = b"7f00-7f01 rw-p 0 fe:00 12 /lib/x.so"
+    assert system.parse_mapping(line) == system.Mapping("7f00-7f01", "/lib/x.so", False)
+    for tail in (b"", b"[heap]", b"anon_inode:[io_uring]"):
         assert system.parse_mapping(b"7f00-7f01 r--p 00000000 fe:00 12   " + tail) is None
-    assert system.parse_mapping(b"7f00-7f01 rw-p 0 fe:00 12 /lib/x.so") == ("/lib/x.so", False)
+    for path in ("/memfd:x (deleted)", "/usr/x (deleted)", "/dev/shm/x", "/SYSV0", "socket:[1]"):
+        assert not system.is_named(path)
+    assert system.is_named("/usr/x")

@@ -20,11 +20,12 @@ from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
-from gpusched.mechanisms.criu.inside import Inside, Task, open_log, send
+from gpusched.mechanisms.criu.inside import Inside, Task, open_log
 from gpusched.mechanisms.criu.program import Program
 from gpusched.ports import Identity
-from isolated import PYTHON, Isolated, about, counting, dump, isolated, save
+from isolated import PYTHON, Isolated, about, bring_back, counting, isolated, save
 
 pytestmark = pytest.mark.criu
 
@@ -34,25 +35,6 @@ def store(tmp_path: Path) -> Iterator[ImageStore]:
     store = ImageStore(tmp_path / "images")
     yield store
     store.close()
-
-
-def bring_back(criu: Program, tree: Isolated, store: ImageStore, old_log: Path) -> run.Restored:
-    """Restores image "a" into a tree and lets it go on, its output in the tree's log."""
-    with store.open("a") as image, Inside(tree.init) as inside:
-        fds = [inside.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY), image.open_criu()]
-        fds.append(open_log(inside, str(tree.log), 0, 0))
-        try:
-            image.restore_directory("shm", fds[0])
-            with image.verifying():
-                back = run.restore(
-                    criu, inside, fds[1], name="job", timeout_s=60, inherited={str(old_log): fds[2]}
-                )
-        finally:
-            for fd in fds:
-                os.close(fd)
-    for task in back.tasks:
-        send(task.pid, task.start_ticks, signal.SIGCONT)
-    return back
 
 
 # -- there and back -------------------------------------------------------------------------------
@@ -90,8 +72,8 @@ def test_whatever_became_of_the_log_it_goes_on_in_the_new_one(
     with counting(log) as tree, Inside(tree.init) as inside, store.begin("a") as draft:
         if fate == "vanished":
             log.unlink()
-        dump(criu, inside, draft)
-        draft.commit(about(criu))
+        saved = trees.save(criu, inside, draft, name="job", timeout_s=60)
+        draft.commit(about(criu, used=saved.used, unnamed=saved.unnamed))
     if fate == "rotated":
         log.rename(tmp_path / "log.1")
         log.write_text("somebody else's\n")
@@ -200,7 +182,7 @@ def test_a_full_disk_in_the_middle_is_said_and_loses_nothing(tmp_path: Path, cri
                 ) as failed,
                 store.begin("a") as draft,
             ):
-                dump(criu, inside, draft)
+                trees.save(criu, inside, draft, name="job", timeout_s=60)
             assert failed.value.details["free_bytes"] < 1 << 20
             assert failed.value.details["criu_log"]
             tree.wait_for_more(25)
@@ -227,7 +209,7 @@ def test_a_restore_that_fails_leaves_nobody_in_the_namespaces(
         assert proc.read_stat(tree.init.pid) is not None
 
 
-def test_a_missing_file_is_named_by_a_failed_restore(
+def test_a_file_that_was_changed_is_named_and_no_restore_is_begun(
     tmp_path: Path, store: ImageStore, criu: Program
 ) -> None:
     script = "import sys, time\nheld = open(sys.argv[1])\nprint(1, flush=True)\ntime.sleep(99)"
@@ -239,7 +221,9 @@ def test_a_missing_file_is_named_by_a_failed_restore(
     (tmp_path / "data").write_text("longer")
     with (
         isolated(tmp_path / "log2") as tree,
-        pytest.raises(errors.CriuError, match="data was changed since job"),
+        pytest.raises(
+            errors.CriuError, match="data is another file than when the process was saved"
+        ),
     ):
         bring_back(criu, tree, store, tmp_path / "log")
 
@@ -290,6 +274,7 @@ SAVER = """
 import sys
 from pathlib import Path
 from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
 from gpusched.mechanisms.criu.program import Program

@@ -45,6 +45,7 @@ class About:
     created_unix_s: float
     machine: Machine
     used: tuple[UsedFile, ...] = ()
+    unnamed: tuple[int, ...] = ()
     vram_bytes: int = 0
     record: Mapping[str, Any] | None = None
 
@@ -57,7 +58,7 @@ class Draft:
 
     def __init__(self, root: Path, image_id: str, fd: int, publish: Step, discard: Step) -> None:
         """``publish`` and ``discard`` are the store's: the last step, and what happens without it. Raises OSError."""
-        self._root, self.image_id, self.fd = root, image_id, fd
+        self.root, self.image_id, self.fd = root, image_id, fd
         self._publish, self._discard = publish, discard
         os.mkdir(CRIU, 0o700, dir_fd=fd)
         self.criu_fd = os.open(CRIU, DIRECTORY, dir_fd=self.fd)
@@ -94,13 +95,13 @@ class Draft:
         Its processes must be stopped. Blocks for the copying. Raises CriuError, InsufficientDisk, Unavailable.
         """
         name, flags = archive_name(part), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-        with understood(self._root):
+        with understood(self.root):
             out = os.open(name, flags, 0o600, dir_fd=self.fd)
         try:
             pack(directory, out)
         except errors.CriuError:
             if os.fstatvfs(out).f_bavail == 0:
-                raise full(self._root) from None
+                raise full(self.root) from None
             raise
         finally:
             os.close(out)
@@ -111,7 +112,7 @@ class Draft:
         Raises InsufficientDisk, Unavailable (the disk fails): then there is no image, and the draft is to be
         discarded. The original must live until this has returned.
         """
-        with understood(self._root):
+        with understood(self.root):
             files = self._sum_all()
             made = Manifest(
                 image_id=self.image_id,
@@ -121,6 +122,7 @@ class Draft:
                 vram_bytes=about.vram_bytes,
                 machine=about.machine,
                 used=about.used,
+                unnamed=about.unnamed,
                 files=files,
                 record=dict(about.record or {}),
             )
@@ -154,7 +156,11 @@ class Image:
     """A complete image, open: also when it is deleted meanwhile. Close it, or use it as a context manager."""
 
     def __init__(self, root: Path, image_id: str, fd: int, about: Manifest) -> None:
-        self._root, self.image_id, self.fd, self.manifest = root, image_id, fd, about
+        self.root, self.image_id, self.fd, self.manifest = root, image_id, fd, about
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.image_id
 
     def close(self) -> None:
         os.close(self.fd)
@@ -203,7 +209,7 @@ class Image:
     def restore_directory(self, part: str, directory: int) -> None:
         """Unpacks PART.tar into a directory that nobody else uses meanwhile. Raises CriuError, Unavailable."""
         name, flags = archive_name(part), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        with understood(self._root):
+        with understood(self.root):
             archive = os.open(name, flags, dir_fd=self.fd)
         try:
             unpack(archive, directory)

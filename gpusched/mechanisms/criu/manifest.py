@@ -27,16 +27,22 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Stamp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a file is known again. ``ends``: digest of its first and last 64 KiB; an ELF file's build-id is in there."""
+    """How a file or directory is known again.
 
-    size_bytes: int
-    mtime_ns: int
-    ends: str
-    elf: bool
+    ``mode`` has its kind in it. ``ends``: digest of a file's first and last 64 KiB, where an ELF file has its build-id.
+    """
+
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    ends: str = ""
+    elf: bool = False
 
 
 class UsedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A file outside of the image that a process had mapped or open. ``kept``: its copy in the image, if any."""
+    """A file or directory outside of the image that a process had mapped or open. ``kept``: its copy in the image."""
 
     path: str
     stamp: Stamp
@@ -57,7 +63,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``record`` is the caller's own; ``files`` are all files of the image, by their paths in it."""
+    """``record`` is the caller's own; ``files`` are all files of the image, by their paths in it.
+
+    ``unnamed``: inodes of open files that had lost the name they were opened by and have others.
+    """
 
     format: int = FORMAT
     image_id: str
@@ -67,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     vram_bytes: int
     machine: Machine
     used: tuple[UsedFile, ...]
+    unnamed: tuple[int, ...] = ()
     files: dict[str, FileSum]
     record: dict[str, Any]
 
@@ -180,19 +190,30 @@ def _files(
             if now is None
             else f" when the process was saved ({_change(file.stamp, now)})"
         )
-        if file.kept:
+        covered = file.kept is not None and now is not None
+        if covered:
             message += "; the image has a copy"
-        found.append(Difference(kind="file", message=message, blocks=file.kept is None))
+        found.append(Difference(kind="file", message=message, blocks=not covered))
     return found
 
 
 def is_same(then: Stamp, now: Stamp) -> bool:
-    """A program or library that was installed again is the same; other files are only if nobody wrote to them."""
+    """A program or library that was installed again is the same; other files are only if nobody wrote to them.
+
+    Also their owners must be: CRIU opens files as root, for processes of users who may have put another in the place.
+    """
+    if (then.mode, then.uid, then.gid) != (now.mode, now.uid, now.gid):
+        return False
     unwritten = then.mtime_ns == now.mtime_ns or then.elf
     return then.size_bytes == now.size_bytes and then.ends == now.ends and unwritten
 
 
 def _change(then: Stamp, now: Stamp) -> str:
+    if (then.mode, then.uid, then.gid) != (now.mode, now.uid, now.gid):
+        return (
+            f"mode {then.mode:o}, uid {then.uid}, gid {then.gid} then, "
+            f"mode {now.mode:o}, uid {now.uid}, gid {now.gid} now"
+        )
     if then.size_bytes != now.size_bytes:
         return f"{then.size_bytes} bytes then, {now.size_bytes} now"
     return "other contents"

@@ -158,6 +158,12 @@ def undo_dump(inside: Inside, before: Collection[Task]) -> None:
     _remove_remaps(inside)
 
 
+def resume(tasks: Collection[Task]) -> None:
+    """Lets restored (or dumped) processes go on."""
+    for task in tasks:
+        send(task.pid, task.start_ticks, signal.SIGCONT)
+
+
 # -- one run --------------------------------------------------------------------------------------
 
 

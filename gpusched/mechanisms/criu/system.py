@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import msgspec
+
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu.inside import Inside, Task
+from gpusched.mechanisms.criu.inside import RESOLVE_NO_SYMLINKS, Inside, Task
 from gpusched.mechanisms.criu.manifest import Gpu, Machine, Stamp, UsedFile
 from gpusched.mechanisms.criu.program import Program
 from gpusched.ports import Description
@@ -27,7 +29,7 @@ _VIRTUAL: Final = ("/proc/", "/sys/", "/dev/", "/memfd:", "/SYSV", "/anon_hugepa
 
 
 class OpenFile(NamedTuple):
-    """A file that a process has mapped (``fd`` is None) or open, by its path inside."""
+    """A file that a process has mapped (``fd`` is None), open, or as a directory (-1), by its path inside."""
 
     path: str
     pid: int
@@ -66,73 +68,49 @@ def used_files(inside: Inside, tasks: Iterable[Task]) -> list[UsedFile]:
         mapped[one.path] = mapped.get(one.path, False) or one.fd is None
         writable[one.path] = writable.get(one.path, False) or one.writable
     found = []
-    for path in sorted(mapped):
-        with contextlib.suppress(OSError):
-            stamp = _stamp(inside.open(path, os.O_PATH))
-            if stamp is not None:
-                found.append(
-                    UsedFile(path=path, stamp=stamp, mapped=mapped[path], writable=writable[path])
-                )
+    for path, seen in look(inside, mapped).items():
+        if seen is not None:
+            is_writable = writable[path] and stat.S_ISREG(seen.stamp.mode)
+            found.append(
+                UsedFile(path=path, stamp=seen.stamp, mapped=mapped[path], writable=is_writable)
+            )
     return found
 
 
-def open_files(tasks: Iterable[Task]) -> Iterator[OpenFile]:
-    """The named plain files of the host that processes have mapped or open. What vanishes meanwhile is left out."""
-    for task in tasks:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{task.pid}/maps").read_bytes().splitlines():
-                if (one := parse_mapping(line)) is not None:
-                    yield OpenFile(one[0], task.pid, None, one[1])
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{task.pid}/fd"):  # noqa: PTH208
-                if (one := _descriptor(task.pid, name)) is not None:
-                    yield OpenFile(one[0], task.pid, int(name), one[1])
+class Seen(NamedTuple):
+    """A file or directory as it is now. ``identity`` is (device, inode)."""
+
+    stamp: Stamp
+    identity: tuple[int, int]
 
 
-def parse_mapping(line: bytes) -> tuple[str, bool] | None:
-    """(path, whether writes reach the file) of a line of /proc/PID/maps; None where it is no named file."""
-    fields = line.split(None, 5)
-    if len(fields) < 6:
-        return None
-    path = os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), fields[5]))
-    shared = fields[1][1:2] == b"w" and fields[1][3:4] == b"s"
-    return (path, shared) if is_named(path) else None
+def look(inside: Inside, paths: Iterable[str]) -> dict[str, Seen | None]:
+    """Files as the tree sees them now; None where there is none, or only through a symbolic link.
 
-
-def is_named(path: str) -> bool:
-    """Whether it is a file of the host's that has a name: not a device, not the kernel's, not the tree's own."""
-    return (
-        path.startswith("/") and not path.startswith(_VIRTUAL) and not path.endswith(" (deleted)")
-    )
-
-
-def _descriptor(pid: int, name: str) -> tuple[str, bool] | None:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        path = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
-        if is_named(path) and stat.S_ISREG(os.stat(f"/proc/{pid}/fd/{name}").st_mode):  # noqa: PTH116
-            text = Path(f"/proc/{pid}/fdinfo/{name}").read_text()
-            flags = int(text.split("flags:", 1)[1].split(None, 1)[0], 8)
-            return path, flags & os.O_ACCMODE != os.O_RDONLY
-    return None
-
-
-def stamps(paths: Iterable[str]) -> dict[str, Stamp | None]:
-    """The files as they are on the host now; None where there is no plain file. Blocks for 0.1 ms a file."""
-    found: dict[str, Stamp | None] = {}
-    for path in paths:
+    The paths came from the kernel, without links: what is reached through one is not what it was. Blocks for 0.1 ms a
+    file.
+    """
+    found: dict[str, Seen | None] = {}
+    for path in sorted(paths):
         found[path] = None
         with contextlib.suppress(OSError):
-            found[path] = _stamp(os.open(path, os.O_PATH | os.O_CLOEXEC))
+            found[path] = see(
+                inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
+            )
     return found
 
 
-def _stamp(path_fd: int) -> Stamp | None:
-    """None for what is not a plain file. Closes ``path_fd``, an O_PATH descriptor.
+def see(path_fd: int) -> Seen | None:
+    """None for what is neither a plain file nor a directory. Closes ``path_fd``, an O_PATH descriptor.
 
     The path is the user's: opening a device can be enough to make it act, so nothing is opened before it was seen.
     """
     try:
         about = os.fstat(path_fd)
+        who = Stamp(mode=about.st_mode, uid=about.st_uid, gid=about.st_gid)
+        identity = (about.st_dev, about.st_ino)
+        if stat.S_ISDIR(about.st_mode):
+            return Seen(who, identity)
         if not stat.S_ISREG(about.st_mode):
             return None
         fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -143,9 +121,68 @@ def _stamp(path_fd: int) -> Stamp | None:
         last = os.pread(fd, _ENDS_BYTES, max(0, about.st_size - _ENDS_BYTES))
     finally:
         os.close(fd)
-    return Stamp(
+    made = msgspec.structs.replace(
+        who,
         size_bytes=about.st_size,
         mtime_ns=about.st_mtime_ns,
         ends=hashlib.blake2b(first + last, digest_size=16).hexdigest(),
         elf=first.startswith(b"\x7fELF"),
     )
+    return Seen(made, identity)
+
+
+# -- what processes have --------------------------------------------------------------------------
+
+
+def open_files(tasks: Iterable[Task]) -> Iterator[OpenFile]:
+    """The named files and directories of the host that processes have mapped or open; what vanishes is left out."""
+    for task in tasks:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{task.pid}/maps").read_bytes().splitlines():
+                if (mapping := parse_mapping(line)) is not None and is_named(mapping.path):
+                    yield OpenFile(mapping.path, task.pid, None, mapping.writable)
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{task.pid}/fd"):  # noqa: PTH208
+                if (one := _descriptor(task.pid, name)) is not None:
+                    yield one
+        for link in ("cwd", "root"):
+            with contextlib.suppress(OSError):
+                path = os.readlink(f"/proc/{task.pid}/{link}")  # noqa: PTH115
+                if is_named(path):
+                    yield OpenFile(path, task.pid, -1, False)
+
+
+class Mapping(NamedTuple):
+    """``range`` is the name below map_files; ``writable``: whether writes reach the file."""
+
+    range: str
+    path: str
+    writable: bool
+
+
+def parse_mapping(line: bytes) -> Mapping | None:
+    """A line of /proc/PID/maps; None where it is no file."""
+    fields = line.split(None, 5)
+    if len(fields) < 6 or not fields[5].startswith(b"/"):
+        return None
+    path = os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), fields[5]))
+    shared = fields[1][1:2] == b"w" and fields[1][3:4] == b"s"
+    return Mapping(fields[0].decode(), path, shared)
+
+
+def is_named(path: str) -> bool:
+    """Whether it is a file of the host's that has a name: not a device, not the kernel's, not the tree's own."""
+    virtual = path.startswith(_VIRTUAL) or path.endswith(" (deleted)")
+    return path.startswith("/") and not virtual
+
+
+def _descriptor(pid: int, name: str) -> OpenFile | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        path = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
+        if is_named(path):
+            mode = os.stat(f"/proc/{pid}/fd/{name}").st_mode  # noqa: PTH116
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+                text = Path(f"/proc/{pid}/fdinfo/{name}").read_text()
+                flags = int(text.split("flags:", 1)[1].split(None, 1)[0], 8)
+                return OpenFile(path, pid, int(name), flags & os.O_ACCMODE != os.O_RDONLY)
+    return None
