@@ -13,7 +13,7 @@ ARGS   ?=
 BENCH_PYTHON ?= $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check soak bench report docs format install uninstall clean
+.PHONY: help venv demo criu test check soak bench report docs format install uninstall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,11 @@ endif
 demo: $(READY) ## two models that do not fit together share a GPU by turns (simulated where there is none)
 	$(BIN)/python -m gpusched.demo $(ARGS)
 
+criu: ## a CRIU of its own in PREFIX (.criu), for the disk tier; ARCHIVE=URL names the Debian archive to take it from
+	@./scripts/make_criu.sh $(if $(ARCHIVE),--archive '$(ARCHIVE)') '$(or $(PREFIX),.criu)'
+
 test: $(READY) ## the tests; needs no GPU (ARGS="-k name" passes options to pytest)
+	@test "$$(id -u)" != 0 || ./scripts/make_criu.sh .criu || echo "make: the tests of the disk tier need the system's CRIU, then" >&2
 	$(PYTEST) $(ARGS)
 
 check: $(READY) ## ruff, its formatter, mypy --strict and the architecture's contracts

@@ -32,7 +32,12 @@ MAX_IDLE: Final = 4
 
 #: Methods whose goal, once reached, is a success: they may be sent again when an answer was lost. The protocol's table
 #: says the same (a test compares them), but reading that table needs a package that the SDK must do without.
-IDEMPOTENT: Final = frozenset({"freeze", "thaw", "swap", "migrate", "release", "status", "logs"})
+IDEMPOTENT: Final = frozenset(
+    {
+        *("freeze", "thaw", "hibernate", "swap", "migrate", "release"),
+        *("status", "logs", "snapshots", "verify_snapshot"),
+    }
+)
 
 
 class Request(NamedTuple, Generic[T]):
@@ -78,6 +83,7 @@ def run(
     directory: str | os.PathLike[str] | None,
     env: Mapping[str, str] | None,
     evictable: bool,
+    isolate: bool | None,
 ) -> Request[types.RunResult]:
     if isinstance(cmd, str):
         raise errors.InvalidRequest(
@@ -92,6 +98,7 @@ def run(
         gpus=_list(gpus),
         env=_caller_env() if env is None else dict(env),
         evictable=evictable or None,
+        isolate=isolate,
     )
 
 
@@ -111,8 +118,20 @@ def kill(name: str, force: bool) -> Request[types.KillResult]:
     return _request("kill", name=name, force=force or None)
 
 
-def hibernate(name: str) -> Request[types.FreezeResult]:
-    return _request("hibernate", name=name)
+def hibernate(name: str, force: bool) -> Request[types.FreezeResult]:
+    return _request("hibernate", name=name, force=force or None)
+
+
+def snapshots() -> Request[types.SnapshotsResult]:
+    return _request("snapshots")
+
+
+def verify_snapshot(name: str) -> Request[types.SnapshotResult]:
+    return _request("verify_snapshot", name=name)
+
+
+def delete_snapshot(name: str) -> Request[types.SnapshotResult]:
+    return _request("delete_snapshot", name=name)
 
 
 def swap(
@@ -136,8 +155,10 @@ def migrate(
     return _request("migrate", name=name, gpu=gpu, gpus=_list(gpus), force=force or None)
 
 
-def fork(name: str, copies: int, gpus: Sequence[int] | None) -> Request[dict[str, Any]]:
-    return _request("fork", name=name, copies=copies, gpus=_list(gpus))
+def fork(
+    name: str, copies: int, gpus: Sequence[int] | None, force: bool
+) -> Request[types.ForkResult]:
+    return _request("fork", name=name, copies=copies, gpus=_list(gpus), force=force or None)
 
 
 def acquire(name: str, for_s: float | None, evict: bool) -> Request[types.AcquireResult]:

@@ -182,8 +182,11 @@ class AsyncGpuSched:
         dir: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         evictable: bool = False,
+        isolate: bool | None = None,
     ) -> types.RunResult:
-        return await self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable))
+        return await self._pool.send(
+            _requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate)
+        )
 
     async def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
         return await self._pool.send(_requests.adopt(pid, name, evictable))
@@ -197,8 +200,17 @@ class AsyncGpuSched:
     async def kill(self, name: str, *, force: bool = False) -> types.KillResult:
         return await self._pool.send(_requests.kill(name, force))
 
-    async def hibernate(self, name: str) -> types.FreezeResult:
-        return await self._pool.send(_requests.hibernate(name))
+    async def hibernate(self, name: str, *, force: bool = False) -> types.FreezeResult:
+        return await self._pool.send(_requests.hibernate(name, force))
+
+    async def snapshots(self) -> types.SnapshotsResult:
+        return await self._pool.send(_requests.snapshots())
+
+    async def verify_snapshot(self, name: str) -> types.SnapshotResult:
+        return await self._pool.send(_requests.verify_snapshot(name))
+
+    async def delete_snapshot(self, name: str) -> types.SnapshotResult:
+        return await self._pool.send(_requests.delete_snapshot(name))
 
     async def migrate(
         self,
@@ -211,9 +223,14 @@ class AsyncGpuSched:
         return await self._pool.send(_requests.migrate(name, gpu, gpus, force))
 
     async def fork(
-        self, name: str, copies: int = 2, gpus: Sequence[int] | None = None
-    ) -> dict[str, Any]:
-        return await self._pool.send(_requests.fork(name, copies, gpus))
+        self,
+        name: str,
+        copies: int = 2,
+        gpus: Sequence[int] | None = None,
+        *,
+        force: bool = False,
+    ) -> types.ForkResult:
+        return await self._pool.send(_requests.fork(name, copies, gpus, force))
 
     @overload
     async def swap(

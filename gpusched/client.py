@@ -173,12 +173,14 @@ class GpuSched:
         dir: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         evictable: bool = False,
+        isolate: bool | None = None,
     ) -> types.RunResult:
         """Starts a command on GPU ``gpu`` (or all of ``gpus``), in the caller's folder and environment by default.
 
-        ``evictable``: others who need the VRAM may freeze it.
+        ``evictable``: others who need the VRAM may freeze it. ``isolate``: in namespaces of its own, which saving it
+        to disk needs; by default as the daemon was told.
         """
-        return self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable))
+        return self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate))
 
     def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
         """Takes over a running process and its descendants."""
@@ -196,9 +198,9 @@ class GpuSched:
         """Ends a process (SIGTERM, later SIGKILL) and forgets its name."""
         return self._pool.send(_requests.kill(name, force))
 
-    def hibernate(self, name: str) -> types.FreezeResult:
-        """Moves a process to disk. A daemon without a disk tier answers ``errors.Unsupported``."""
-        return self._pool.send(_requests.hibernate(name))
+    def hibernate(self, name: str, *, force: bool = False) -> types.FreezeResult:
+        """Moves a process to disk; ``thaw`` brings it back. Without a disk tier: ``errors.Unsupported``."""
+        return self._pool.send(_requests.hibernate(name, force))
 
     def migrate(
         self,
@@ -211,9 +213,31 @@ class GpuSched:
         """Moves a process to GPU ``gpu`` (or ``gpus``); it is active there afterwards."""
         return self._pool.send(_requests.migrate(name, gpu, gpus, force))
 
-    def fork(self, name: str, copies: int = 2, gpus: Sequence[int] | None = None) -> dict[str, Any]:
-        """Copies a process ``copies`` times. A daemon that cannot answers ``errors.Unsupported``."""
-        return self._pool.send(_requests.fork(name, copies, gpus))
+    def fork(
+        self,
+        name: str,
+        copies: int = 2,
+        gpus: Sequence[int] | None = None,
+        *,
+        force: bool = False,
+    ) -> types.ForkResult:
+        """Makes running copies, ``NAME-1`` and so on, on ``gpus`` by turns; the original goes on as it was.
+
+        Each copy has a network of its own. ``force``: also where copies would share files open for writing.
+        """
+        return self._pool.send(_requests.fork(name, copies, gpus, force))
+
+    def snapshots(self) -> types.SnapshotsResult:
+        """The snapshots on disk of one's own processes."""
+        return self._pool.send(_requests.snapshots())
+
+    def verify_snapshot(self, name: str) -> types.SnapshotResult:
+        """Reads all of a process's snapshot; ``errors.CriuError`` where it is not what was written."""
+        return self._pool.send(_requests.verify_snapshot(name))
+
+    def delete_snapshot(self, name: str) -> types.SnapshotResult:
+        """Deletes a snapshot that its process, which lives, does not need any more."""
+        return self._pool.send(_requests.delete_snapshot(name))
 
     @overload
     def swap(

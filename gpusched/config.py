@@ -40,6 +40,10 @@ class Settings:
     ram_budget_bytes: int | None = None
     disk_budget_bytes: int = 500 * GIB
     allow_old_driver: bool = False
+    #: Whether started trees get namespaces of their own where this machine could save them to disk.
+    isolate: bool = True
+    #: The CRIU to use; else the one on the PATH, or gpusched's own.
+    criu: str | None = None
     group: str | None = None
     lock_timeout_s: float = 10.0
     kill_grace_s: float = 10.0
@@ -83,6 +87,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
 def _defaults() -> dict[str, Any]:
     values: dict[str, Any] = {
         "socket_path": DEFAULT_SOCKET,
+        "criu": os.environ.get("GPUSCHED_CRIU"),
         "passed_on_env": {k: os.environ[k] for k in PASSED_ON if k in os.environ},
     }
     if os.geteuid() != 0:  # an ordinary user's daemon keeps to the user's own directories

@@ -33,6 +33,8 @@ from gpusched.engine.moves import Mover
 from gpusched.mechanisms import journal as journals
 from gpusched.mechanisms import logs
 from gpusched.mechanisms.clock import SystemClock
+from gpusched.mechanisms.criu import trials
+from gpusched.mechanisms.disk import DiskTier, NoDiskTier
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.host import ProcHost
 from gpusched.mechanisms.notify import notify
@@ -92,22 +94,25 @@ async def _run(settings: Settings) -> None:
 async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
     own_directory(settings.log_dir, 0o711, "log", "--log-dir")
     clock, host, users = SystemClock(), ProcHost(), SystemUsers()
-    trees = TreeKeeper(settings.state_dir)
     backend = "sim" if settings.backend == "sim" else "cuda"
+    trees = TreeKeeper(settings.state_dir, binds=_shared_directories(settings, backend))
     mark = await _after_old_helpers(settings.state_dir)
     driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
     description = await _describe(driver, settings, backend)
-    limits = _limits(settings, backend)
+    disk = await _disk(settings, trees, clock, description)
+    limits = _limits(settings, backend, isolate=settings.isolate and not disk.why_not())
 
     path = settings.state_dir / "journal"
     memory = _remember(path, backend)
     mover = Mover(driver, trees, clock, settings.lock_timeout_s)
-    recover = recovery.Recovery(driver, trees, clock, users, mover)
+    recover = recovery.Recovery(driver, trees, clock, users, mover, disk)
     processes = await recover.recover(memory)
     journal = journals.FileJournal(path, backend)
     behind = await _begin_journal(journal, processes)
 
-    ports = Ports(driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users)
+    ports = Ports(
+        driver=driver, trees=trees, host=host, clock=clock, journal=journal, users=users, disk=disk
+    )
     engine = Engine(ports, description, limits, tasks, version=gpusched.__version__)
     engine.core.journal_is_behind = behind
     engine.take_over(processes)
@@ -122,7 +127,14 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     _announce(settings, description, len(processes))
     notify("READY=1")
     await stop.wait()
+    await _stop(engine, server, driver)
+    journal.close()
+    disk.close()
+    trees.close()
 
+
+async def _stop(engine: Engine, server: UnixServer, driver: DriverClient) -> None:
+    """Waits for what is under way, then takes no more."""
     notify("STOPPING=1")
     log.info("stopping; managed processes live on")
     try:
@@ -136,8 +148,6 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(HELPER_END_S):
             await driver.wait_closed()
-    journal.close()
-    trees.close()
 
 
 async def _describe(driver: DriverClient, settings: Settings, backend: str) -> Description:
@@ -240,7 +250,30 @@ def sim_directory(state_dir: Path) -> Path:
     return Path("/dev/shm") / f"gpusched-sim-{os.geteuid()}-{tag}"  # noqa: S108 - made safely by the backend
 
 
-def _limits(settings: Settings, backend: str) -> Limits:
+def _shared_directories(settings: Settings, backend: str) -> list[tuple[str, str]]:
+    """What isolated trees see of the host in /dev/shm: the simulated GPUs, with the tree's own part in its place."""
+    if backend != "sim":
+        return []
+    sim = str(sim_directory(settings.state_dir))
+    return [(sim, sim), (sim, f"{sim}/host"), (f"{sim}/trees/{{tree}}/procs", f"{sim}/procs")]
+
+
+async def _disk(
+    settings: Settings, trees: TreeKeeper, clock: SystemClock, driver: Description
+) -> DiskTier | NoDiskTier:
+    """The disk tier, or the reason why there is none. Half a second, once in a boot of the machine."""
+    if os.geteuid() != 0:
+        return NoDiskTier(
+            "the daemon is not root's, and only root's can give a process namespaces of its own"
+        )
+    found = await asyncio.to_thread(trials.find, settings.criu)
+    if found.program is None:
+        return NoDiskTier(f"{found.why_not} (gpusched doctor says more)")
+    root = settings.disk_dir or settings.state_dir / "images"
+    return DiskTier(trees, clock, root, found.program, driver)
+
+
+def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:
     forced = (
         {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
     )
@@ -251,6 +284,7 @@ def _limits(settings: Settings, backend: str) -> Limits:
         lock_timeout_s=settings.lock_timeout_s,
         kill_grace_s=settings.kill_grace_s,
         operation_wait_s=settings.operation_wait_s,
+        isolate=isolate,
         default_env=dict(settings.passed_on_env),
         forced_env=forced,
     )

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from gpusched.client import GpuSched
 from gpusched.demo import digests, private_daemon, wait_for_lines
-from gpusched.doctor import programs
 from gpusched.errors import GpuschedError, InsufficientGpuMemory
+from gpusched.mechanisms import programs
 from gpusched.units import MIB, format_size
 
 ROUNDS: Final = 3

@@ -14,10 +14,14 @@ class RunResult(TypedDict):
 
 
 class FreezeResult(TypedDict):
+    """``to_disk``: who was sent there to make room; ``disk_mb``: what the process itself takes there."""
+
     name: str
     duration_ms: int
     tier: str
     mem_mb: int
+    disk_mb: NotRequired[int]
+    to_disk: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
     driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
@@ -29,6 +33,7 @@ class ThawResult(TypedDict):
     from_tier: str
     mem_mb: int
     evicted: NotRequired[list[str]]
+    to_disk: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
     driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
@@ -41,8 +46,34 @@ class SwapResult(TypedDict):
 
 
 class ForkResult(TypedDict):
+    """Each copy is in a network namespace of its own: no TCP but its own loopback."""
+
     source: str
     copies: list[str]
+    duration_ms: NotRequired[int]
+    simulated: NotRequired[bool]
+
+
+class SnapshotStatus(TypedDict):
+    """``size_mb`` is what it takes on disk, ``mem_mb`` the VRAM that its process will need."""
+
+    name: str
+    image: str
+    size_mb: int
+    mem_mb: int
+    created: str
+    age: str
+    state: str
+    user: str
+
+
+class SnapshotsResult(TypedDict):
+    snapshots: list[SnapshotStatus]
+
+
+class SnapshotResult(TypedDict):
+    name: str
+    size_mb: int
 
 
 class KillResult(TypedDict):
@@ -110,6 +141,8 @@ class ProcessStatus(TypedDict):
     user: str
     uid: int
     adopted: bool
+    isolated: bool
+    own_network: bool
     evictable: bool
     leases: int
     op: str | None

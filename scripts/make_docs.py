@@ -23,6 +23,7 @@ from gpusched.errors import BY_CODE, GpuschedError
 from gpusched.protocol.codec import MAX_LINE_BYTES
 from gpusched.protocol.messages import NAME_PATTERN
 from gpusched.protocol.methods import METHODS, Method
+from state_texts import STATES, TRIGGERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- modules: made by scripts/make_docs.py -->"
@@ -66,31 +67,6 @@ def code(text: object) -> str:
 
 # -- states ---------------------------------------------------------------------------------------
 
-#: What a state means, for people. A state without a line here is an error (see ``states``).
-STATES: dict[ProcState, str] = {
-    ProcState.STARTING: "Its supervisor was asked to start it; no outcome yet.",
-    ProcState.ACTIVE: "It runs, or may run, on its GPUs.",
-    ProcState.FREEZING: "A freeze is under way. It cannot be cancelled, only waited for.",
-    ProcState.FROZEN: "Its VRAM is in host RAM, its CPU threads are stopped, its GPUs are free.",
-    ProcState.THAWING: "A thaw is under way. It cannot be cancelled, only waited for.",
-    ProcState.FAILED: "The driver says that it is neither running nor restorable, or will not say.",
-    ProcState.DEAD: "Its main process has ended. The entry keeps its name until `kill` or the owner's next `run`.",
-}
-
-#: What a trigger means.
-TRIGGERS: dict[Trigger, str] = {
-    Trigger.STARTED: "the command was executed, or the process adopted",
-    Trigger.FREEZE: "a freeze begins",
-    Trigger.THAW: "a thaw begins",
-    Trigger.DONE: "the move ended at its goal",
-    Trigger.ROLLED_BACK: "the move failed and was taken back whole",
-    Trigger.LOST: "the move failed and could not be taken back",
-    Trigger.EXITED: "the main process ended",
-    Trigger.FOUND_ACTIVE: "a look at the driver showed it running",
-    Trigger.FOUND_FROZEN: "a look at the driver showed it checkpointed",
-    Trigger.FOUND_BROKEN: "a look at the driver showed neither",
-}
-
 
 def states() -> str:
     """docs/states.md."""
@@ -101,7 +77,12 @@ def states() -> str:
         )
     ]
     moves = [
-        (code(move), str(number), code(step.do), code(step.undo))
+        (
+            code(move),
+            str(number),
+            code(step.do),
+            code(step.undo) if step.undo else "none: forward only",
+        )
         for move, steps in STEPS.items()
         for number, step in enumerate(steps, 1)
     ]
@@ -123,9 +104,8 @@ def states() -> str:
             "\n## Transitions\n",
             table(("state", "trigger", "next state"), transitions),
             "\n## Moves\n",
-            "A freeze and a thaw are steps over every process of a tree. After a failure the undo of the failed"
-            "\nstep and of each step before it is run, newest first; then the driver is asked what is true"
-            "\n(`gpusched/domain/moves.py`).\n",
+            "Steps over every process of a tree. After a failure the undo of the failed step and of each step before it"
+            "\nis run, newest first; then the driver is asked what is true (`gpusched/domain/moves.py`).\n",
             table(("move", "step", "does", "undone by"), moves),
             "",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,9 @@ from typing import Protocol
 import hypothesis
 import pytest
 
-from daemons import PrivateDaemon
+from daemons import ROOT, PrivateDaemon
+from gpusched.mechanisms.criu import program
+from gpusched.mechanisms.criu.program import Program
 
 #: Seconds for one test and its fixtures; a hung test fails with every thread's stack.
 TIMEOUT_S = 120.0
@@ -83,10 +84,26 @@ def _gpu_reason(mark: pytest.Mark) -> str | None:
     return None if found >= wanted else f"needs {wanted} NVIDIA GPU(s): {reason}"
 
 
-def _criu_reason(_mark: pytest.Mark) -> str | None:
-    if shutil.which("criu") is None:
-        return "needs the criu program"
-    return _root_reason(_mark)
+@functools.cache
+def find_criu() -> tuple[Program | None, str]:
+    """The CRIU that the tests use, and why there is none: the system's where it works, else what make criu made."""
+    found = program.find(os.environ.get("GPUSCHED_CRIU"), private=ROOT / ".criu")
+    return found.program, found.why_not
+
+
+def _criu_reason(mark: pytest.Mark) -> str | None:
+    reason = _root_reason(mark)
+    if reason is None and find_criu()[0] is None:
+        reason = f"{find_criu()[1]} (make criu)"
+    return reason
+
+
+@pytest.fixture(scope="session")
+def criu() -> Program:
+    """A CRIU that passed its trial; for tests that are marked so."""
+    found, why_not = find_criu()
+    assert found is not None, why_not
+    return found
 
 
 def _root_reason(_mark: pytest.Mark) -> str | None:

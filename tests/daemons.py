@@ -95,6 +95,9 @@ class PrivateDaemon:
             *args,
         ]
         self._env = {k: v for k, v in os.environ.items() if not k.startswith("GPUSCHED_")}
+        criu = os.environ.get("GPUSCHED_CRIU") or str(ROOT / ".criu/bin/criu")
+        if Path(criu).exists():
+            self._env["GPUSCHED_CRIU"] = criu
         self._env.update(env or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -228,7 +231,8 @@ class PrivateDaemon:
 
     def _no_vram_left(self) -> bool:
         request(self.socket, "status")  # looking at the GPUs removes what dead processes left
-        return not [*self.sim_dir.glob("procs/*"), *self.sim_dir.glob("saved/*")]
+        left = (self.sim_dir.glob(each) for each in ("procs/*", "saved/*", "trees/*"))
+        return not [path for found in left for path in found]
 
 
 def _processes() -> Iterator[tuple[int, str]]:
@@ -241,3 +245,13 @@ def _processes() -> Iterator[tuple[int, str]]:
                 )
                 if text:  # kernel threads and zombies have none
                     yield int(entry.name), text.strip()
+
+
+def processes_naming(text: str) -> list[str]:
+    """The command lines that have ``text`` in them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if text in line]

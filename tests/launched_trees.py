@@ -35,13 +35,14 @@ PATH = "/usr/local/bin:/usr/bin:/bin"
 class LiveTrees:
     """A state directory, a log directory and one keeper after another over them."""
 
-    def __init__(self, *, with_groups: bool = True) -> None:
+    def __init__(self, *, with_groups: bool = True, isolated: bool = False) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="gs-trees-"))
         self.directory.chmod(0o755)  # the commands' user may pass
         self.logs = self.directory / "logs"
         self.logs.mkdir()
         self.mark = f"GPUSCHED_TEST={uuid.uuid4().hex}"
         self._with_groups = with_groups
+        self.isolated = isolated
         self._tree_ids: list[str] = []
         self.keeper = self.new_keeper()
 
@@ -73,6 +74,7 @@ class LiveTrees:
             gid=gid,
             groups=groups,
             log_path=log_path or str(self.logs / f"{name}.log"),
+            isolated=self.isolated,
         )
 
     async def shell(self, script: str, name: str = "job") -> tuple[str, Identity]:

@@ -40,7 +40,8 @@ def test_check_fails_and_writes_nothing_when_a_document_is_out_of_date(tmp_path:
     for name in make_docs.PAGES:
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text())
     script = tmp_path / "scripts" / "make_docs.py"
-    script.write_text((ROOT / "scripts" / "make_docs.py").read_text())
+    for part in ("make_docs.py", "state_texts.py"):
+        (script.parent / part).write_text((ROOT / "scripts" / part).read_text())
     stale = tmp_path / "docs" / "states.md"
     stale.write_text("| `active` | `thaw` | `frozen` |\n")
 

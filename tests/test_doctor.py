@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,13 +18,12 @@ from typing import Any, cast
 import pytest
 
 import gpusched
-from daemons import ROOT, wait_until
+from daemons import ROOT, processes_naming, wait_until
 from gpusched import selftest
 from gpusched.client import GpuSched
-from gpusched.doctor import criu, examine, programs, read_gpus, read_host
+from gpusched.doctor import examine, read_gpus, read_host
 from gpusched.doctor.findings import Finding, Status, as_text
 from gpusched.doctor.readings import (
-    Criu,
     Daemon,
     Directory,
     Disk,
@@ -36,6 +33,8 @@ from gpusched.doctor.readings import (
     Readings,
     Subject,
 )
+from gpusched.mechanisms import programs
+from gpusched.mechanisms.criu.program import NOT_ROOT, Found, Program, Rejected
 from gpusched.units import GIB, MIB
 
 HAS_DRIVER = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
@@ -49,6 +48,7 @@ H100 = GpuFacts(
     persistence=True,
     mig=False,
 )
+CRIU = Program(path="/usr/sbin/criu", version=(4, 2, 1), executable="/usr/sbin/criu")
 SUBJECT = Subject(socket_path=Path("/tmp/gpusched.sock"), state_dir=Path("/var/lib/gpusched"))
 GPUS = Gpus(
     module_version="580.159.04",
@@ -76,7 +76,7 @@ HEALTHY = Readings(
     host=HOST,
     gpus=GPUS,
     disk=Disk(state=DIRECTORY, snapshots=DIRECTORY),
-    criu=Criu(path="/usr/sbin/criu", version=(4, 2, 1), probe=""),
+    criu=Found(program=CRIU),
     daemon=Daemon(socket="/tmp/gpusched.sock", version=gpusched.__version__, backend="cuda", pid=7),
 )
 NO_GPU = Gpus(
@@ -387,21 +387,25 @@ def test_the_directory_that_would_be_made_is_measured(tmp_path: Path) -> None:
     assert not below_a_file.state.writable
 
 
+BAD_CRIU = Rejected(path="/c", version=(4, 1, 1), reason="no socket")
+
+
 @pytest.mark.parametrize(
-    ("found", "kernel", "expected", "words"),
+    ("found", "chosen", "expected", "words"),
     [
-        (Criu(), "6.18", Status.WARN, "not found"),
-        (Criu(path="/c", version=(4, 1, 1)), "6.18.4", Status.WARN, "too old for kernel 6.18.4"),
-        (Criu(path="/c", version=(4, 1, 1), probe=""), "6.15", Status.OK, "brought it back"),
-        (Criu(path="/c", version=(4, 2), probe=""), "6.16", Status.OK, "brought it back"),
-        (Criu(path="/c", version=(4, 2)), "6.18", Status.WARN, "needs root"),
-        (Criu(path="/c", version=(4, 2), probe="no socket"), "6.18", Status.WARN, "no socket"),
+        (Found(), None, Status.WARN, "not found"),
+        (Found(program=CRIU), None, Status.OK, "/usr/sbin/criu 4.2.1 saved"),
+        (Found(program=CRIU, rejected=(BAD_CRIU,)), None, Status.OK, "/c 4.1.1: no socket"),
+        (Found(program=CRIU, rejected=(BAD_CRIU,)), "/c", Status.WARN, "/c 4.1.1: no socket"),
+        (Found(rejected=(BAD_CRIU,)), None, Status.WARN, "no CRIU works here: /c 4.1.1: no socket"),
+        (Found(rejected=(Rejected(path="/c", reason=NOT_ROOT),)), None, Status.WARN, "needs root"),
     ],
 )
 def test_criu_is_judged_by_its_trial(
-    found: Criu, kernel: str, expected: Status, words: str
+    found: Found, chosen: str | None, expected: Status, words: str
 ) -> None:
-    finding = judged(replace(HEALTHY, criu=found, host=replace(HOST, kernel=kernel)))["criu"]
+    readings = replace(HEALTHY, criu=found, subject=replace(SUBJECT, criu=chosen))
+    finding = judged(readings)["criu"]
     assert finding.status is expected
     assert words in finding.found
 
@@ -458,70 +462,6 @@ def test_a_program_that_hangs_is_ended_with_its_children_and_its_output_kept(
         within_s=5,
         what="the child is gone",
     )
-
-
-# -- CRIU -----------------------------------------------------------------------------------------
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_the_named_criu_wins_then_the_paths_then_our_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    named, found, own = (executable(tmp_path / n / "criu", "") for n in ("named", "bin", "own"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert criu.find(str(named), own) == str(named)
-    assert criu.find("/nonexistent/criu", own) is None  # a wrong name must not pass unnoticed
-    assert criu.find(None, own) == str(found)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert criu.find(None, own) == str(own)
-    assert criu.find(None, own.parent) == str(own)
-    assert criu.find(None, tmp_path / "nothing") is None
-
-
-def may_unshare() -> bool:
-    unshare = shutil.which("unshare")
-    command = [unshare or "false", "--pid", "--mount", "--fork", "--mount-proc", "true"]
-    return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
-
-
-@pytest.mark.root
-def test_a_criu_that_cannot_do_it_is_found_out_and_leaves_nothing(tmp_path: Path) -> None:
-    if not may_unshare():
-        pytest.skip("this container may not make namespaces")
-    bad = executable(tmp_path / "criu", "echo 'Error (x.c:1): no such luck' >&2; exit 3")
-    assert criu.probe(str(bad)) == "dump ended with 3: Error (x.c:1): no such luck"
-    liar = executable(tmp_path / "liar", 'kill -9 "$3"; exit 0')  # "dumps" and "restores" nothing
-    assert criu.probe(str(liar)) == "its listening socket did not answer after it was brought back"
-    stuck = executable(tmp_path / "stuck", "sleep 1000")
-    assert criu.probe(str(stuck), timeout_s=1.0) == "it did not end within 1 s"
-    wait_until(
-        lambda: not processes_naming(str(tmp_path)), within_s=5, what="all of the trials are gone"
-    )
-
-
-def processes_naming(text: str) -> list[str]:
-    """The command lines that have ``text`` in them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return [line for line in found if text in line]
-
-
-@pytest.mark.criu
-def test_the_systems_criu_is_tried_for_real() -> None:
-    found = criu.read(SUBJECT)
-    assert found.path is not None
-    assert found.version
-    if found.probe is not None:
-        assert found.probe == ""
 
 
 # -- the command on this machine ------------------------------------------------------------------

@@ -29,7 +29,12 @@ S, T = ProcState, Trigger
 
 # -- states ---------------------------------------------------------------------------------------
 
-FOUND = {T.FOUND_ACTIVE: S.ACTIVE, T.FOUND_FROZEN: S.FROZEN, T.FOUND_BROKEN: S.FAILED}
+FOUND = {
+    T.FOUND_ACTIVE: S.ACTIVE,
+    T.FOUND_FROZEN: S.FROZEN,
+    T.FOUND_HIBERNATED: S.HIBERNATED,
+    T.FOUND_BROKEN: S.FAILED,
+}
 
 #: Every legal change, written out once more: the table must not gain or lose one unnoticed.
 LEGAL: dict[ProcState, dict[Trigger, ProcState]] = {
@@ -42,7 +47,28 @@ LEGAL: dict[ProcState, dict[Trigger, ProcState]] = {
         T.EXITED: S.DEAD,
         **FOUND,
     },
-    S.FROZEN: {T.THAW: S.THAWING, T.EXITED: S.DEAD, **FOUND},
+    S.FROZEN: {
+        T.THAW: S.THAWING,
+        **dict.fromkeys((T.HIBERNATE, T.SAVE, T.RETREAT), S.HIBERNATING),
+        T.EXITED: S.DEAD,
+        **FOUND,
+    },
+    S.HIBERNATING: {
+        T.DONE: S.HIBERNATED,
+        T.SAVED: S.FROZEN,
+        T.ROLLED_BACK: S.FROZEN,
+        T.LOST: S.FAILED,
+        T.EXITED: S.DEAD,
+        **FOUND,
+    },
+    S.HIBERNATED: {T.WAKE: S.WAKING, T.EXITED: S.DEAD, **FOUND},
+    S.WAKING: {
+        T.DONE: S.FROZEN,
+        T.ROLLED_BACK: S.HIBERNATED,
+        T.LOST: S.HIBERNATED,
+        T.EXITED: S.DEAD,
+        **FOUND,
+    },
     S.THAWING: {
         T.DONE: S.ACTIVE,
         T.ROLLED_BACK: S.FROZEN,
@@ -51,7 +77,7 @@ LEGAL: dict[ProcState, dict[Trigger, ProcState]] = {
         **FOUND,
     },
     S.FAILED: {T.FREEZE: S.FREEZING, T.THAW: S.THAWING, T.EXITED: S.DEAD, **FOUND},
-    S.DEAD: dict.fromkeys((T.DONE, T.ROLLED_BACK, T.LOST, T.EXITED), S.DEAD),
+    S.DEAD: dict.fromkeys((T.DONE, T.SAVED, T.ROLLED_BACK, T.LOST, T.EXITED), S.DEAD),
 }
 
 
@@ -95,9 +121,9 @@ def test_the_table_cannot_be_changed() -> None:
         table[S.DEAD, T.STARTED] = S.ACTIVE
 
 
-def test_only_a_frozen_process_is_in_ram() -> None:
+def test_only_a_frozen_process_is_in_ram_and_only_a_hibernated_one_on_disk() -> None:
     assert {state for state in S if tier_of(state) is Tier.RAM} == {S.FROZEN}
-    assert {tier_of(state) for state in S} == {Tier.RAM, Tier.GPU}
+    assert {state for state in S if tier_of(state) is Tier.DISK} == {S.HIBERNATED}
 
 
 # -- moves ----------------------------------------------------------------------------------------
@@ -112,7 +138,7 @@ OPPOSITE = {
 }
 
 
-@pytest.mark.parametrize("move", list(Move))
+@pytest.mark.parametrize("move", [Move.FREEZE, Move.THAW])
 def test_every_step_is_undone_by_its_opposite(move: Move) -> None:
     assert [step.undo for step in STEPS[move]] == [OPPOSITE[step.do] for step in STEPS[move]]
 
@@ -139,12 +165,23 @@ def test_threads_run_whenever_the_driver_needs_them() -> None:
         (Move.THAW, 0, (Op.STOP,)),
         (Move.THAW, 1, (Op.CHECKPOINT, Op.STOP)),
         (Move.THAW, 2, (Op.LOCK, Op.CHECKPOINT, Op.STOP)),
+        (Move.HIBERNATE, 0, (Op.DISCARD,)),
+        (Move.SAVE, 0, (Op.DISCARD,)),
+        (Move.WAKE, 0, (Op.END,)),
+        # The image is committed: there is nothing to go back to.
+        (Move.HIBERNATE, 1, ()),
+        (Move.RETREAT, 0, ()),
     ],
 )
 def test_a_failure_is_undone_newest_first_from_the_failed_step_on(
     move: Move, failed: int, expected: tuple[Op, ...]
 ) -> None:
     assert undo_after(move, failed) == expected
+
+
+def test_the_original_ends_only_behind_the_commit() -> None:
+    assert [step.do for step in STEPS[Move.HIBERNATE]] == [Op.SAVE, Op.END]
+    assert all(Op.DISCARD not in (step.do for step in steps) for steps in STEPS.values())
 
 
 # -- units ----------------------------------------------------------------------------------------

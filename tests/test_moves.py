@@ -23,6 +23,7 @@ from gpusched.ports import (
     DriverState,
     GpuMemory,
     Identity,
+    Image,
     Launch,
     Member,
     Obstacle,
@@ -212,6 +213,13 @@ async def test_a_process_that_took_vram_before_the_stop_is_checkpointed_too() ->
     assert all(world.stopped.values())
 
 
+class NoDisk:
+    """A machine without a disk tier."""
+
+    async def images(self) -> list[Image]:
+        return []
+
+
 async def recovered(world: World, state: ProcState) -> Process:
     """What a new daemon makes of the tree of ``world``, which its journal has in ``state``."""
     process = Process(
@@ -227,7 +235,8 @@ async def recovered(world: World, state: ProcState) -> Process:
         vram={"GPU-0": 1},
     )
     mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
-    recovery = Recovery(world, world, SystemClock(), None, mover)  # type: ignore[arg-type]
+    disk = NoDisk()
+    recovery = Recovery(world, world, SystemClock(), None, mover, disk)  # type: ignore[arg-type]
     (found,) = await recovery.recover(Remembered(processes={"t": process}))
     return found
 

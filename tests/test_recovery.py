@@ -24,7 +24,7 @@ import pytest
 from conftest import StartDaemon
 from daemons import PrivateDaemon, request, wait_until
 from gpusched.mechanisms.journal import decode_records, encode_record
-from gpusched.mechanisms.sim.layout import Word, Work, read_stat
+from gpusched.mechanisms.sim.control import Word, Work, read_stat
 from gpusched.mechanisms.sim.script import Script, When
 from gpusched.rescue import rescue
 from simulated_program import Program

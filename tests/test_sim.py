@@ -14,8 +14,9 @@ import pytest
 
 from gpusched import errors
 from gpusched.mechanisms.sim import device
+from gpusched.mechanisms.sim.control import read_stat
 from gpusched.mechanisms.sim.driver import SimDriver
-from gpusched.mechanisms.sim.layout import SimDirectory, read_stat
+from gpusched.mechanisms.sim.layout import SimDirectory
 from gpusched.mechanisms.sim.script import Script
 from gpusched.ports import DriverState, Gpu
 from gpusched.units import MIB

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from launched_trees import GID, PATH, UID, LiveTrees, interpreter_for_others, st
 WITHIN_S = 5.0
 
 
-@pytest.fixture
-def trees() -> Iterator[LiveTrees]:
-    with LiveTrees() as live:
+@pytest.fixture(params=["host", pytest.param("isolated", marks=pytest.mark.root)])
+def trees(request: pytest.FixtureRequest) -> Iterator[LiveTrees]:
+    """In the host's namespaces and in their own: no difference for the command, nor for the daemon."""
+    with LiveTrees(isolated=request.param == "isolated") as live:
         yield live
 
 
@@ -261,7 +263,8 @@ async def test_a_command_has_its_three_descriptors_and_the_supervisor_nothing_of
     supervisor = Path(f"/proc/{supervisor_of(trees, tree_id)}")
     others = {str(p.readlink()) for p in (supervisor / "fd").iterdir()}
     tree = trees.tree(tree_id)
-    assert others == {
+    own = {"anon_inode:[pidfd]"} if trees.isolated else set()
+    assert others == own | {
         "/dev/null",
         *(str(tree / name) for name in ("supervisor.log", "exit.json.part", "alive.lock")),
     }
@@ -411,8 +414,7 @@ def launcher(trees: LiveTrees, order: Launch) -> subprocess.Popen[str]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    fields = ("tree_id", "name", "argv", "env", "cwd", "uid", "gid", "groups", "log_path")
-    process.stdin.write(json.dumps({name: getattr(order, name) for name in fields}))
+    process.stdin.write(json.dumps(asdict(order)))
     process.stdin.close()
     assert process.stdout.readline() == "launching\n"
     return process
@@ -437,7 +439,10 @@ async def test_a_command_outlives_the_daemon_and_its_end_is_recorded(trees: Live
     kill(process)
     keeper = trees.new_keeper()
     assert await keeper.leftovers() == [(order.tree_id, order, main)]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    deaf = [signal.SIGQUIT, signal.SIGUSR1, signal.SIGPIPE]
+    if not trees.isolated:  # an init hands them on
+        deaf += [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    for number in deaf:
         os.kill(supervisor_of(trees, order.tree_id), number)
     go.touch()
     assert await keeper.wait_exit(order.tree_id, main) == ExitStatus(code=7)
@@ -473,11 +478,53 @@ async def test_a_command_outlives_its_supervisor_and_its_end_is_noticed(trees: L
     supervisor = supervisor_of(trees, tree_id)
     os.kill(supervisor, signal.SIGKILL)
     until(lambda: state_of(supervisor) in {"", "Z"}, "the supervisor is gone")
+    if trees.isolated:  # the kernel ends a PID namespace with its init
+        assert await trees.keeper.wait_exit(tree_id, main) == ExitStatus()
+        assert not trees.marked()
+        return
     assert {m.pid for m in await trees.keeper.members(tree_id, main)} == trees.marked()
     os.kill(main.pid, signal.SIGKILL)
     began = time.monotonic()
     assert await trees.keeper.wait_exit(tree_id, main) == ExitStatus()
     assert time.monotonic() - began < 1.5, "nobody is left to wait for"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_an_init_hands_on_what_ends_a_program(number: signal.Signals) -> None:
+    with LiveTrees(isolated=True) as trees:
+        script = (
+            f"trap 'echo told; exit 9' {number.name[3:]}; echo ready; while :; do sleep 0.01; done"
+        )
+        tree_id, main = await trees.shell(script)
+        until(lambda: trees.log() == "ready\n", "it listens")
+        os.kill(supervisor_of(trees, tree_id), number)
+        assert await trees.keeper.wait_exit(tree_id, main) == ExitStatus(code=9)
+
+
+@pytest.mark.root
+async def test_an_isolated_tree_sees_itself_alone(trees: LiveTrees) -> None:
+    """Its own pids, from 1000 on; nobody else's /proc, and a /dev/shm of its own. The host sees it all."""
+    if not trees.isolated:
+        return
+    marker = Path(f"/dev/shm/{trees.directory.name}")
+    marker.touch()
+    try:
+        show = "echo $$ $PPID; ls /proc | grep -c '^[0-9]'; ls /dev/shm | wc -l; cat /proc/1/environ /proc/1/fd/0"
+        tree_id, main = await trees.shell(
+            f"{show}; touch /dev/shm/mine; ls -l /dev/shm | wc -l; sleep 60"
+        )
+        until(lambda: len(trees.log().splitlines()) >= 6, "it has looked")
+        lines = trees.log().splitlines()
+        assert lines[0] == "1000 1"
+        assert int(lines[1]) <= 5
+        assert lines[2] == "0"
+        assert all("Permission denied" in line for line in lines[3:5]), lines
+        assert not Path("/dev/shm/mine").exists()
+        (found,) = [m for m in await trees.keeper.members(tree_id, main) if m.pid == main.pid]
+        assert status_lines(found.pid)["NSpid"].split() == [str(main.pid), "1000"]
+    finally:
+        marker.unlink()
 
 
 async def test_fifty_starts_in_sequence(trees: LiveTrees) -> None:

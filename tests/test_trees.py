@@ -33,10 +33,14 @@ def trees() -> Iterator[LiveTrees]:
         yield live
 
 
-@pytest.fixture(params=[True, False], ids=["group", "no group"])
+@pytest.fixture(
+    params=["group", "no group", pytest.param("isolated", marks=pytest.mark.root)],
+)
 def both(request: pytest.FixtureRequest) -> Iterator[LiveTrees]:
-    """Once with control groups, where the host has them, and once without."""
-    with LiveTrees(with_groups=request.param) as live:
+    """Once with control groups, where the host has them, once without, and once in namespaces of their own."""
+    with LiveTrees(
+        with_groups=request.param != "no group", isolated=request.param == "isolated"
+    ) as live:
         yield live
 
 

@@ -121,9 +121,11 @@ def test_logs(line: Line) -> None:
 
 
 @pytest.mark.parametrize("method", ["hibernate", "fork"])
-def test_what_is_not_there_yet_says_so(line: Line, name: str, method: str) -> None:
-    assert line.code(method, name=name) == "unsupported"
+def test_what_has_no_namespaces_of_its_own_stays_off_the_disk(line: Line, method: str) -> None:
+    line.result("run", name="plain", cmd=workload("2M"), isolate=False)
+    assert line.code(method, name="plain") == "unsupported"
     assert line.code(method, name="nobody") == "not_found"
+    line.result("kill", name="plain")
 
 
 def test_status(line: Line, name: str) -> None:
@@ -154,7 +156,8 @@ def test_status(line: Line, name: str) -> None:
 
 def test_every_method_of_the_table_was_asked_here() -> None:
     asked = "run kill freeze thaw migrate swap acquire release logs hibernate fork status"
-    assert {*asked.split(), "adopt", "subscribe"} == set(METHODS)
+    elsewhere = "adopt subscribe snapshots verify_snapshot delete_snapshot"
+    assert {*asked.split(), *elsewhere.split()} == set(METHODS)
 
 
 def test_subscribe_sends_a_status_and_then_each_event(daemon: PrivateDaemon, name: str) -> None:

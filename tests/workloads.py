@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from daemons import PrivateDaemon, request, wait_until
-from gpusched.mechanisms.sim.layout import SimDirectory, Word, Work
-from simulated_program import start_ticks
+from gpusched.mechanisms.sim.control import Word, Work
+from gpusched.mechanisms.sim.layout import SimDirectory
 
 READY_S = 30.0
 _DIGEST = re.compile(r"(?:ready|tick (\d+)) digest=([0-9a-f]{16})")
@@ -48,7 +48,6 @@ class Workload:
         self.name = name
         self.pid = pid
         self.log = log
-        self._ticks = start_ticks(pid)
         wait_until(lambda: self._digests(), within_s=READY_S, what=f"{name} is ready")
         self.digest = self._digests()[0][1]
 
@@ -73,7 +72,7 @@ class Workload:
 
     def driver(self) -> tuple[Word, Work, tuple[int, ...]]:
         """The state word, the work under way, and where the VRAM lies now, from the driver's own record."""
-        record = SimDirectory(self.daemon.sim_dir).record(self.pid, self._ticks)
+        record = SimDirectory(self.daemon.sim_dir).record(self.pid)
         assert record is not None, f"{self.name} has no driver state"
         where = tuple(sorted({record.gpu_map[each.gpu] for each in record.allocations}))
         return record.word, record.work, where

@@ -43,7 +43,7 @@ _EXIT_FAILED: Final = Family.MECHANISM.value
 )
 @click.option("--state-dir", metavar="DIR", help="Where the daemon's journal is to be.")
 @click.option("--disk-dir", metavar="DIR", help="Where snapshots on disk are to be.")
-@click.option("--criu", envvar="GPUSCHED_CRIU", metavar="PATH", help="This CRIU and no other.")
+@click.option("--criu", envvar="GPUSCHED_CRIU", metavar="PATH", help="Try this CRIU before others.")
 @params.json_option
 @click.pass_context
 def doctor_command(

@@ -55,6 +55,11 @@ def caller_directory(given: str | None) -> str:
     "-d", "--dir", "directory", metavar="DIR", help="Directory to start in.  [default: here]"
 )
 @click.option("--evictable", is_flag=True, help="Others may freeze it when they need the GPU.")
+@click.option(
+    "--no-isolate",
+    is_flag=True,
+    help="In the host's own namespaces; it cannot be saved to disk then.",
+)
 @params.json_option
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
 def run_command(
@@ -62,6 +67,7 @@ def run_command(
     gpus: list[int],
     directory: str | None,
     evictable: bool,
+    no_isolate: bool,
     as_json: bool,
     cmd: tuple[str, ...],
 ) -> None:
@@ -78,6 +84,7 @@ def run_command(
             gpus=gpus if len(gpus) > 1 else None,
             dir=caller_directory(directory),
             evictable=evictable,
+            isolate=False if no_isolate else None,
         )
     if as_json:
         print_json(result)
@@ -106,12 +113,20 @@ def adopt_command(pid: int, name: str, evictable: bool, as_json: bool) -> None:
 def print_frozen(result: dict[str, Any]) -> None:
     rest = f"{result['name']} → {result['tier']} ({result['duration_ms']} ms)"
     print_result("Frozen", rest, result, colour="cyan")
+    print_sent_to_disk(result)
 
 
 def print_thawed(result: dict[str, Any]) -> None:
     rest = f"{result['name']} ← {result['from_tier']} ({result['duration_ms']} ms)"
     print_result("Thawed", rest, result)
+    print_sent_to_disk(result)
     print_evicted(result)
+
+
+def print_sent_to_disk(result: dict[str, Any]) -> None:
+    """Who went to disk to make room in host RAM."""
+    for name in result.get("to_disk", ()):
+        print_result("Hibernated", f"{name} → disk", result, colour="blue")
 
 
 def print_evicted(result: dict[str, Any]) -> None:
@@ -141,7 +156,7 @@ def freeze_command(name: str, force: bool, as_json: bool) -> None:
 @params.json_option
 @click.argument("name", type=params.NAME)
 def thaw_command(name: str, evict: bool, as_json: bool) -> None:
-    """Bring a frozen process back onto its GPU."""
+    """Bring a process back onto its GPU, from host RAM or from disk."""
     with progress(f"Thawing {name}"):
         result = params.connect().thaw(name, evict=evict)
     if as_json:

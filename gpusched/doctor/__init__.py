@@ -5,6 +5,7 @@
     judge_*.py    readings -> findings; pure, so that every machine can be scripted
     examine.py    all of it together
 
-``gpu_probe.py``, ``criu_probe.py`` and ``pinned_copy.py`` are programs of their own: what they touch may hang or crash.
+``gpu_probe.py`` and ``pinned_copy.py`` are programs of their own: what they touch may hang or crash. CRIU has
+its trial in the disk tier (``mechanisms/criu/program.py``).
 Does not cover: how findings are printed (``cli/doctor_command.py``), freezing for a trial (``gpusched/selftest.py``).
 """

@@ -8,16 +8,17 @@ from time import monotonic
 from typing import Any, Final
 
 import gpusched
-from gpusched.doctor import criu, findings, judge_gpus, judge_host, read_gpus, read_host
+from gpusched.doctor import findings, judge_gpus, judge_host, read_gpus, read_host
 from gpusched.doctor.findings import Finding, Status
 from gpusched.doctor.readings import Readings, Subject
+from gpusched.mechanisms.criu import program as criu
 
 #: Topic -> seconds that it may take, a little more than it grants itself; and whether the cuda backend needs it.
 _TOPICS: Final[Mapping[str, tuple[float, bool]]] = {
     "gpus": (read_gpus.PROBE_TIMEOUT_S + 5, True),
     "host": (5.0, True),
     "disk": (5.0, True),
-    "criu": (criu.VERSION_TIMEOUT_S + criu.PROBE_TIMEOUT_S + 5, False),
+    "criu": (criu.SEARCH_TIMEOUT_S + 10, False),
     "daemon": (read_host.DAEMON_TIMEOUT_S + 5, False),
 }
 #: What a start without a usable driver is about.
@@ -25,7 +26,7 @@ _START: Final = ("gpus", "host")
 
 
 def examine(subject: Subject) -> list[Finding]:
-    """Blocks for about a second, and for at most 40 s where things hang. Changes nothing, raises nothing."""
+    """Blocks for about a second, and for at most a minute where things hang. Changes nothing, raises nothing."""
     topics = [topic for topic in _TOPICS if topic != "gpus" or subject.backend == "cuda"]
     return judge(read(subject, topics))
 
@@ -41,7 +42,7 @@ def read(subject: Subject, topics: list[str] | tuple[str, ...]) -> Readings:
         "gpus": read_gpus.read,
         "host": read_host.read,
         "disk": lambda: read_host.read_disk(subject),
-        "criu": lambda: criu.read(subject),
+        "criu": lambda: criu.find(subject.criu),
         "daemon": lambda: read_host.read_daemon(subject),
     }
     return gather(subject, {topic: (readers[topic], _TOPICS[topic][0]) for topic in topics})
@@ -96,7 +97,7 @@ def judge(readings: Readings) -> list[Finding]:
     if readings.disk is not None:
         found += judge_host.judge_disk(readings.disk, vram)
     if readings.criu is not None:
-        found.append(judge_host.judge_criu(readings.criu, readings.host))
+        found.append(judge_host.judge_criu(readings.criu, subject.criu))
     if readings.daemon is not None:
         found.append(judge_host.judge_daemon(readings.daemon, gpusched.__version__))
     for topic, reason in readings.unread.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from gpusched.doctor.findings import Finding, Status, fail, ok, warn
-from gpusched.doctor.readings import Criu, Daemon, Disk, Host
+from gpusched.doctor.readings import Daemon, Disk, Host
+from gpusched.mechanisms.criu.program import NOT_ROOT, Found, parse_version
 from gpusched.units import GIB, format_size
 
 OLDEST_KERNEL: Final = (5, 4)  # waiting by pidfd
@@ -41,12 +41,6 @@ def judge(host: Host, vram_bytes: int, largest_bytes: int) -> list[Finding]:
         _container(host),
         _shm(host),
     ]
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """``"6.18.44-generic"`` -> ``(6, 18, 44)``; empty when it begins with no number."""
-    match = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def _kernel(host: Host) -> Finding:
@@ -263,27 +257,25 @@ def judge_disk(disk: Disk, vram_bytes: int) -> list[Finding]:
     return [found, ok("disk", free)]
 
 
-def judge_criu(criu: Criu, host: Host | None) -> Finding:
-    """CRIU is for the disk tier alone: nothing here fails the backend."""
-    get = "install CRIU 4.2 or newer and name it if it is not on the PATH: GPUSCHED_CRIU=/path/to/criu"
-    if criu.path is None:
-        return warn("criu", "not found: no hibernation to disk, no fork", get)
-    found = f"{criu.path} {'.'.join(map(str, criu.version)) or 'of an unknown version'}"
-    kernel = parse_version(host.kernel) if host else ()
-    if criu_is_too_old(criu.version, kernel):
-        return warn("criu", f"{found} is too old for kernel {host.kernel if host else ''}", get)
-    if criu.probe is None:
-        return warn("criu", f"{found}, not tried: that needs root", "sudo gpusched doctor")
-    if criu.probe:
-        return warn(
-            "criu", f"{found} could not save and bring back a small process: {criu.probe}", get
-        )
-    return ok("criu", f"{found} saved a process with a listening socket and brought it back")
-
-
-def criu_is_too_old(version: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
-    """Kernels from 6.16 on need 4.2: older ones do not start, or lose every socket. ``criu check`` does not tell."""
-    return bool(version) and kernel >= (6, 16) and version < (4, 2)
+def judge_criu(criu: Found, chosen: str | None) -> Finding:
+    """CRIU is for the disk tier alone: nothing here fails the backend. ``chosen``: the one that was asked for."""
+    get = (
+        "make criu PREFIX=/opt/gpusched/criu, or install CRIU 4.2 or newer and name it: "
+        "GPUSCHED_CRIU=/path/to/criu"
+    )
+    if any(one.reason == NOT_ROOT for one in criu.rejected):
+        return warn("criu", "; ".join(map(str, criu.rejected)), "sudo gpusched doctor")
+    if criu.program is None:
+        return warn("criu", f"{criu.why_not}: no hibernation to disk, no fork", get)
+    version = ".".join(map(str, criu.program.version)) or "of an unknown version"
+    found = (
+        f"{criu.program.path} {version} saved a process with a listening socket and brought it back"
+    )
+    if criu.rejected:
+        found += f"; not used: {'; '.join(map(str, criu.rejected))}"
+    if chosen and criu.rejected:
+        return warn("criu", found, f"mend {chosen}, or do without it")
+    return ok("criu", found)
 
 
 def judge_daemon(daemon: Daemon, version: str) -> Finding:

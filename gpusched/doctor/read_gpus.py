@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from gpusched.doctor import programs
 from gpusched.doctor.readings import GpuFacts, Gpus
+from gpusched.mechanisms import programs
 
 #: cuInit takes seconds on a machine with several GPUs and without persistence mode.
 PROBE_TIMEOUT_S: Final = 30.0

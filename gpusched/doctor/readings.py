@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpusched.mechanisms.criu.program import Found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -100,15 +102,6 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Criu:
-    """``probe``: None when no trial was made, "" when it went well, else what went wrong."""
-
-    path: str | None = None
-    version: tuple[int, ...] = ()
-    probe: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
     """Whoever answers at the socket."""
 
@@ -127,6 +120,6 @@ class Readings:
     host: Host | None = None
     gpus: Gpus | None = None
     disk: Disk | None = None
-    criu: Criu | None = None
+    criu: Found | None = None
     daemon: Daemon | None = None
     unread: Mapping[str, str] = field(default_factory=dict)

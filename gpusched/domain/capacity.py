@@ -20,6 +20,7 @@ class Promise:
     tree_ids: frozenset[str]
     vram: Mapping[str, int]
     host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,13 @@
-"""Who makes room: the least recently used processes that may be frozen for somebody else. A pure decision."""
+"""Who makes room: the least recently used processes that may go for somebody else. Pure decisions.
+
+Covers: off a GPU (``choose_victims``) and out of host RAM (a ``DiskPolicy``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +34,34 @@ def choose_victims(
         victims.append(candidate.tree_id)
         left = {g: s - helps.get(g, 0) for g, s in left.items() if s > helps.get(g, 0)}
     return None if left else tuple(victims)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cold:
+    """A frozen, idle, unleased process that can be saved to disk; ``ram_bytes`` is what that frees."""
+
+    tree_id: str
+    last_used_unix_s: float
+    ram_bytes: int
+
+
+class DiskPolicy(Protocol):
+    """Who goes from host RAM to disk when a freeze needs the room."""
+
+    def choose(self, cold: Iterable[Cold], missing_bytes: int) -> tuple[str, ...] | None:
+        """Those whose going frees ``missing_bytes``, in the order in which they should go; None if none do."""
+        ...
+
+
+class LeastRecentlyUsed:
+    """The fewest of those that have been idle longest."""
+
+    def choose(self, cold: Iterable[Cold], missing_bytes: int) -> tuple[str, ...] | None:
+        chosen: list[str] = []
+        for each in sorted(cold, key=lambda c: (c.last_used_unix_s, c.tree_id)):
+            if missing_bytes <= 0:
+                break
+            if each.ram_bytes > 0:
+                chosen.append(each.tree_id)
+                missing_bytes -= each.ram_bytes
+        return tuple(chosen) if missing_bytes <= 0 else None

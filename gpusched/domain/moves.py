@@ -1,10 +1,11 @@
-"""What a freeze and a thaw of one tree consist of: steps as data, each with its undo.
+"""What the moves of one tree consist of: steps as data, each with its undo.
 
 Covers: the steps, their order, and which undo follows a failure. Does not cover: performing a step
-(``engine/moves.py``) or operations over several trees (``exchange.py``).
+(``engine/moves.py``, ``engine/disk_moves.py``) or operations over several trees (``exchange.py``).
 
-The order is the driver's: its own threads in the target serve these calls, so CPUs stop after the checkpoint and
-continue before the restore.
+Between GPU and RAM the order is the driver's: its own threads in the target serve these calls, so CPUs stop after the
+checkpoint and continue before the restore. Between RAM and disk it is that of the last copy: the image is complete,
+checked and under its name before the original ends, and stays until the driver has brought the next one back.
 """
 
 from __future__ import annotations
@@ -23,19 +24,35 @@ class Op(StrEnum):
     RESTORE = "restore"
     STOP = "stop"
     CONTINUE = "continue"
+    #: The tree as an image on disk, committed. Undone, nothing of that image is left.
+    SAVE = "save"
+    DISCARD = "discard"
+    #: The processes come back from the image, stopped, in namespaces of their own.
+    REVIVE = "revive"
+    #: The processes end; an image of them is there.
+    END = "end"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step and what takes it back. The undo also mends a step that failed half-way."""
+    """A step and what takes it back. The undo also mends a step that failed half-way.
+
+    Without an undo there is no way back, and none is needed: the next copy is complete, whatever becomes of the step.
+    """
 
     do: Op
-    undo: Op
+    undo: Op | None
 
 
 class Move(StrEnum):
     FREEZE = "freeze"
     THAW = "thaw"
+    HIBERNATE = "hibernate"
+    WAKE = "wake"
+    #: An image for copies; the tree itself stays where it is.
+    SAVE = "save"
+    #: Back to the image that it has just come from, before it has run.
+    RETREAT = "retreat"
 
 
 STEPS: Final[dict[Move, tuple[Step, ...]]] = {
@@ -49,6 +66,10 @@ STEPS: Final[dict[Move, tuple[Step, ...]]] = {
         Step(Op.RESTORE, Op.CHECKPOINT),
         Step(Op.UNLOCK, Op.LOCK),
     ),
+    Move.HIBERNATE: (Step(Op.SAVE, Op.DISCARD), Step(Op.END, None)),
+    Move.WAKE: (Step(Op.REVIVE, Op.END),),
+    Move.SAVE: (Step(Op.SAVE, Op.DISCARD),),
+    Move.RETREAT: (Step(Op.END, None),),
 }
 
 
@@ -63,6 +84,8 @@ class Outcome(StrEnum):
 def undo_after(move: Move, failed: int) -> tuple[Op, ...]:
     """The undo steps, newest first, after step number ``failed`` of ``move`` failed.
 
-    The failed step's own undo comes first: a tree has several members, and some of them may have got there.
+    The failed step's own undo comes first: a tree has several members, and some of them may have got there. Nothing is
+    undone after a step without a way back.
     """
-    return tuple(step.undo for step in reversed(STEPS[move][: failed + 1]))
+    undone = [step.undo for step in reversed(STEPS[move][: failed + 1])]
+    return () if None in undone else tuple(undo for undo in undone if undo is not None)

@@ -20,6 +20,9 @@ class ProcState(StrEnum):
     FREEZING = "freezing"
     FROZEN = "frozen"
     THAWING = "thawing"
+    HIBERNATING = "hibernating"
+    HIBERNATED = "hibernated"
+    WAKING = "waking"
     FAILED = "failed"
     DEAD = "dead"
 
@@ -38,12 +41,18 @@ class Trigger(StrEnum):
     STARTED = "started"
     FREEZE = "freeze"
     THAW = "thaw"
+    HIBERNATE = "hibernate"
+    WAKE = "wake"
+    SAVE = "save"
+    RETREAT = "retreat"
+    SAVED = "saved"
     DONE = "done"
     ROLLED_BACK = "rolled_back"
     LOST = "lost"
     EXITED = "exited"
     FOUND_ACTIVE = "found_active"
     FOUND_FROZEN = "found_frozen"
+    FOUND_HIBERNATED = "found_hibernated"
     FOUND_BROKEN = "found_broken"
 
 
@@ -67,6 +76,23 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
         (_S.THAWING, _T.ROLLED_BACK): _S.FROZEN,
         (_S.THAWING, _T.LOST): _S.FAILED,
         (_S.THAWING, _T.EXITED): _S.DEAD,
+        # Its image is being written; for a hibernation the process ends when that is done.
+        (_S.FROZEN, _T.HIBERNATE): _S.HIBERNATING,
+        (_S.FROZEN, _T.SAVE): _S.HIBERNATING,
+        (_S.FROZEN, _T.RETREAT): _S.HIBERNATING,
+        (_S.HIBERNATING, _T.DONE): _S.HIBERNATED,
+        (_S.HIBERNATING, _T.SAVED): _S.FROZEN,
+        (_S.HIBERNATING, _T.ROLLED_BACK): _S.FROZEN,
+        (_S.HIBERNATING, _T.LOST): _S.FAILED,
+        (_S.HIBERNATING, _T.EXITED): _S.DEAD,
+        (_S.HIBERNATED, _T.WAKE): _S.WAKING,
+        (_S.WAKING, _T.DONE): _S.FROZEN,
+        # Its image is whole, whatever became of the processes.
+        (_S.WAKING, _T.ROLLED_BACK): _S.HIBERNATED,
+        (_S.WAKING, _T.LOST): _S.HIBERNATED,
+        # Its image has vanished: nobody can wake it again.
+        (_S.WAKING, _T.EXITED): _S.DEAD,
+        (_S.HIBERNATED, _T.EXITED): _S.DEAD,
         (_S.FAILED, _T.EXITED): _S.DEAD,
         # Worth another try: every step looks at the driver first.
         (_S.FAILED, _T.FREEZE): _S.FREEZING,
@@ -75,22 +101,27 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
         (_S.DEAD, _T.DONE): _S.DEAD,
         (_S.DEAD, _T.ROLLED_BACK): _S.DEAD,
         (_S.DEAD, _T.LOST): _S.DEAD,
+        (_S.DEAD, _T.SAVED): _S.DEAD,
         (_S.DEAD, _T.EXITED): _S.DEAD,
         # Reality over memory: what a look at the driver showed, at recovery or after a failure.
         **{
             (state, trigger): found
-            for state in (_S.ACTIVE, _S.FREEZING, _S.FROZEN, _S.THAWING, _S.FAILED)
+            for state in (
+                *(_S.ACTIVE, _S.FREEZING, _S.FROZEN, _S.THAWING),
+                *(_S.HIBERNATING, _S.HIBERNATED, _S.WAKING, _S.FAILED),
+            )
             for trigger, found in (
                 (_T.FOUND_ACTIVE, _S.ACTIVE),
                 (_T.FOUND_FROZEN, _S.FROZEN),
+                (_T.FOUND_HIBERNATED, _S.HIBERNATED),
                 (_T.FOUND_BROKEN, _S.FAILED),
             )
         },
     }
 )
 
-#: A move is under way: exactly one ``DONE``, ``ROLLED_BACK`` or ``LOST`` will follow.
-MOVING: Final = frozenset({_S.FREEZING, _S.THAWING})
+#: A move is under way: exactly one ``DONE``, ``SAVED``, ``ROLLED_BACK`` or ``LOST`` will follow.
+MOVING: Final = frozenset({_S.FREEZING, _S.THAWING, _S.HIBERNATING, _S.WAKING})
 
 
 class InvalidTransition(Exception):
@@ -106,5 +137,5 @@ def transition(state: ProcState, trigger: Trigger) -> ProcState:
 
 
 def tier_of(state: ProcState) -> Tier:
-    """The tier that holds the authoritative copy in ``state`` (a wire promise: gpu for all but frozen)."""
-    return Tier.RAM if state is ProcState.FROZEN else Tier.GPU
+    """The tier of ``state``; a wire promise: gpu for all but frozen and hibernated."""
+    return {_S.FROZEN: Tier.RAM, _S.HIBERNATED: Tier.DISK}.get(state, Tier.GPU)

@@ -6,6 +6,7 @@ Nothing has been touched when these run, so a refusal leaves everything as it wa
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from gpusched import errors
@@ -32,12 +33,12 @@ def require_owner(caller: Caller | None, process: Process) -> None:
     )
 
 
-def require_few(caller: Caller, processes: Iterable[Process]) -> None:
-    """Raises Unavailable when an ordinary user has as many entries as one may: each costs memory and files of ours."""
+def require_few(caller: Caller, processes: Iterable[Process], more: int = 1) -> None:
+    """Raises Unavailable when an ordinary user would have more entries than one may: each costs memory and files."""
     if caller.privileged:
         return
     own = sum(p.uid == caller.uid for p in processes)
-    if own >= ENTRIES_PER_UID:
+    if own + more > ENTRIES_PER_UID:
         raise errors.Unavailable(
             f"uid {caller.uid} has {own} processes already, those that have ended included; "
             "gpusched kill the ones that you no longer need"
@@ -74,22 +75,41 @@ def require_no_obstacle(process: Process, facts: TreeFacts, *, force: bool) -> N
             )
 
 
-def require_host_ram(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRamShortage:
+    """Host RAM that does not suffice; ``missing_bytes`` is what cold trees would have to give up."""
+
+    missing_bytes: int
+    message: str
+    advice: str
+    numbers: Mapping[str, int]
+
+    def error(self, unmovable: Sequence[str] = ()) -> errors.InsufficientHostMemory:
+        """The refusal; ``unmovable`` says who cannot go to disk, and why."""
+        stuck = f" Cannot go to disk: {'; '.join(unmovable)}." if unmovable else ""
+        return errors.InsufficientHostMemory(f"{self.message} {self.advice}{stuck}", self.numbers)
+
+
+def host_ram_shortage(
     off: Sequence[Process],
+    up: Sequence[Process],
     facts: Surveyed,
     *,
     promised_bytes: int,
     snapshots_bytes: int,
+    leaving_bytes: int,
     budget_bytes: int,
-) -> None:
-    """Raises InsufficientHostMemory when the VRAM of ``off`` does not fit into host RAM, budget and cgroups."""
+) -> HostRamShortage | None:
+    """What is missing for the VRAM of ``off`` and the images of ``up``, once ``leaving_bytes`` have gone to disk.
+
+    Raises InsufficientHostMemory where a limit is in the way that nobody's going helps with.
+    """
     assert facts.ram is not None
-    need = sum(sum(held_now(p, facts).values()) for p in off)
+    need = sum(sum(held_now(p, facts).values()) for p in off) + sum(on_disk_bytes(p) for p in up)
     if not need:
-        return
-    names = ", ".join(p.name for p in off)
+        return None
+    names = ", ".join(p.name for p in (*off, *up))
     reserve = max(RESERVE_BYTES, int(facts.ram.total_bytes * RESERVE_SHARE))
-    room = facts.ram.available_bytes - promised_bytes - reserve
     numbers = {
         "need_bytes": need,
         "available_bytes": facts.ram.available_bytes,
@@ -98,20 +118,33 @@ def require_host_ram(
         "budget_bytes": budget_bytes,
         "snapshots_bytes": snapshots_bytes,
     }
+    _require_cgroup_room(off, facts, numbers)
+    room = facts.ram.available_bytes + leaving_bytes - promised_bytes - reserve
     if need > room:
-        raise errors.InsufficientHostMemory(
-            f"{names} needs {format_size(need)} of host RAM; {format_size(facts.ram.available_bytes)} is "
+        return HostRamShortage(
+            missing_bytes=need - room,
+            message=f"{names} needs {format_size(need)} of host RAM; {format_size(facts.ram.available_bytes)} is "
             f"available, of which {format_size(reserve)} stays free and {format_size(promised_bytes)} is "
-            "promised to running operations. Kill or thaw something frozen first.",
-            numbers,
+            "promised to running operations.",
+            advice="Kill or thaw something frozen first.",
+            numbers=numbers,
         )
-    if snapshots_bytes + promised_bytes + need > budget_bytes:
-        raise errors.InsufficientHostMemory(
-            f"{names} needs {format_size(need)}; {format_size(snapshots_bytes + promised_bytes)} of the RAM "
-            f"budget of {format_size(budget_bytes)} is taken. Thaw or kill something frozen, or start the "
-            "daemon with a larger --ram-budget.",
-            numbers,
+    frozen = sum(sum(held_now(p, facts).values()) for p in off) + sum(p.vram_bytes for p in up)
+    taken = snapshots_bytes - leaving_bytes + promised_bytes
+    if taken + frozen > budget_bytes:
+        return HostRamShortage(
+            missing_bytes=taken + frozen - budget_bytes,
+            message=f"{names} needs {format_size(frozen)}; {format_size(snapshots_bytes + promised_bytes)} of the RAM "
+            f"budget of {format_size(budget_bytes)} is taken.",
+            advice="Thaw or kill something frozen, or start the daemon with a larger --ram-budget.",
+            numbers=numbers,
         )
+    return None
+
+
+def _require_cgroup_room(
+    off: Sequence[Process], facts: Surveyed, numbers: Mapping[str, int]
+) -> None:
     for process in off:
         limit = facts.trees[process.tree_id].cgroup_room_bytes
         own = sum(held_now(process, facts).values())
@@ -121,6 +154,11 @@ def require_host_ram(
                 f"{format_size(max(0, limit))}; raise the limit (memory.max) first.",
                 {**numbers, "cgroup_room_bytes": limit},
             )
+
+
+def on_disk_bytes(process: Process) -> int:
+    """What an image takes, and so about what its processes take in RAM when they come back."""
+    return process.on_disk.size_bytes if process.on_disk is not None else 0
 
 
 def held_now(process: Process, facts: Surveyed) -> dict[str, int]:
@@ -152,14 +190,19 @@ def shortages(
 
 
 def promise_for(
-    off: Sequence[Process], on: Sequence[tuple[Process, GpuMap]], facts: Surveyed
+    off: Sequence[Process],
+    on: Sequence[tuple[Process, GpuMap]],
+    facts: Surveyed,
+    disk_bytes: int = 0,
 ) -> Promise:
     """Room for the way forward and for the way back."""
     back = add(*(held_now(p, facts) for p in off))
+    waking = sum(on_disk_bytes(p) for p, _ in on if p.main is None)
     return Promise(
         tree_ids=frozenset({p.tree_id for p in off} | {p.tree_id for p, _ in on}),
         vram=larger(need_of(on), back),
-        host_bytes=sum(back.values()),
+        host_bytes=sum(back.values()) + waking,
+        disk_bytes=disk_bytes,
     )
 
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from typing import Any, Final
 from gpusched import errors, types
 from gpusched.domain.capacity import Promise
 from gpusched.domain.states import ProcState, Trigger
+from gpusched.engine.disk_moves import DiskMover
 from gpusched.engine.events import Broke, Event, Exited, Recorded
 from gpusched.engine.model import Node, Operation, Process, to_record
 from gpusched.engine.moves import Mover
@@ -26,6 +27,7 @@ from gpusched.engine.survey import Sampler, Surveyor
 from gpusched.ports import (
     Clock,
     Description,
+    Disk,
     Driver,
     Gpu,
     Host,
@@ -53,6 +55,8 @@ class Limits:
     lock_timeout_s: float
     kill_grace_s: float
     operation_wait_s: float
+    #: Whether trees are started in namespaces of their own, where a request does not say.
+    isolate: bool = False
     #: Put into every process that is run, under the caller's values / over them.
     default_env: Mapping[str, str] = field(default_factory=dict)
     forced_env: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +70,7 @@ class Ports:
     clock: Clock
     journal: Journal
     users: Users
+    disk: Disk
 
 
 class EventLog:
@@ -114,7 +119,8 @@ class Core:
         self.gpus: dict[str, Gpu] = {g.uuid: g for g in description.gpus}
         self.events = EventLog(ports.clock)
         self.mover = Mover(ports.driver, ports.trees, ports.clock, limits.lock_timeout_s)
-        self.surveyor = Surveyor(ports.driver, ports.trees, ports.host, ports.clock)
+        self.disk_mover = DiskMover(ports.disk, ports.trees, ports.clock)
+        self.surveyor = Surveyor(ports.driver, ports.trees, ports.host, ports.clock, ports.disk)
         self.sampler = Sampler(ports.driver, ports.trees, ports.clock, tasks)
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         #: Events handled so far: while it stands still, so does everything that is known.
@@ -212,7 +218,7 @@ class Core:
 
     async def _watch(self, tree_id: str, main: Identity) -> None:
         status = await self.ports.trees.wait_exit(tree_id, main)
-        self.post(Exited(tree_id=tree_id, status=status))
+        self.post(Exited(tree_id=tree_id, main=main, status=status))
 
     def ram_budget_bytes(self) -> int:
         """What snapshots may take of host RAM in all."""
@@ -221,8 +227,25 @@ class Core:
 
     def snapshots_bytes(self) -> int:
         """VRAM contents that lie in host RAM."""
-        frozen = (ProcState.FROZEN, ProcState.THAWING)
+        frozen = (ProcState.FROZEN, ProcState.THAWING, ProcState.HIBERNATING, ProcState.WAKING)
         return sum(p.vram_bytes for p in self.node.processes.values() if p.state in frozen)
+
+    def disk_used_bytes(self) -> int:
+        """What images take, each counted once."""
+        return self.ports.disk.room().used_bytes
+
+    def drop_images(self) -> None:
+        """Deletes the images that no process is, or may have to go back to. What let go of them is recorded by now."""
+        needed = {p.writing for p in self.node.processes.values()}
+        needed |= {p.on_disk.image for p in self.node.processes.values() if p.on_disk}
+        needed |= {op.image for op in self.node.operations.values()}
+        for image_id in self.node.images - needed:
+            self.node.images.discard(image_id)
+            self.spawn(self.ports.disk.delete(image_id), f"delete-{image_id}")
+
+    def forget_image(self, tree_id: str) -> None:
+        """A process that lives has no use for its image any more."""
+        self.put(replace(self.node.processes[tree_id], on_disk=None))
 
     def promises(self, *, except_op: str, since_s: float) -> list[Promise]:
         """What other operations may still take, as seen by a sample that was taken at ``since_s``."""
@@ -276,6 +299,7 @@ class Core:
         for tree_id in [t for t, o in self.node.busy.items() if o == op.op_id]:
             del self.node.busy[tree_id]
         now = self.monotonic_s
+        self.drop_images()
         if op.promise is not None:
             kept = [(when, p) for when, p in self.node.ended_promises if now - when < 30.0]
             self.node.ended_promises = [*kept, (now, op.promise)]

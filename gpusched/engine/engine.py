@@ -3,8 +3,10 @@
 | what | where |
 |---|---|
 | the queue, waiting requests, who may begin | here |
-| freeze, thaw, swap, migrate, acquire | ``exchanges.py`` |
-| run, adopt, kill, exits | ``lifecycle.py`` |
+| freeze, thaw, swap, migrate, acquire, hibernate | ``exchanges.py``, ``orders.py`` |
+| fork | ``forks.py`` |
+| run, adopt | ``lifecycle.py`` |
+| kill, exits | ``endings.py`` |
 | leases | ``leases.py`` |
 | what ``status`` says | ``report.py`` |
 
@@ -25,25 +27,32 @@ from gpusched.domain.exchange import Phase
 from gpusched.domain.states import MOVING, ProcState, Trigger
 from gpusched.engine.admission import require_owner
 from gpusched.engine.core import Core, Limits, Ports
+from gpusched.engine.endings import Endings
 from gpusched.engine.events import (
+    Abandoned,
     Broke,
+    Checked,
     ConnectionClosed,
     Event,
     Exited,
     Killed,
     Launched,
     MoveEnded,
+    OfOperation,
     Recorded,
     Requested,
     Surveyed,
     Tick,
 )
 from gpusched.engine.exchanges import Exchanges
+from gpusched.engine.forks import Forks
 from gpusched.engine.leases import Leases
 from gpusched.engine.lifecycle import Lifecycle
 from gpusched.engine.model import Caller, Operation, Process
+from gpusched.engine.orders import Orders
 from gpusched.engine.report import Reporter
 from gpusched.engine.results import names
+from gpusched.engine.snapshots import Snapshots
 from gpusched.ports import Description
 from gpusched.protocol import messages as m
 
@@ -71,8 +80,12 @@ class Engine:
     ) -> None:
         self.core = Core(ports, description, limits, tasks)
         self._leases = Leases(self.core)
-        self._exchanges = Exchanges(self.core, self._leases)
-        self._lifecycle = Lifecycle(self.core, self._leases)
+        self._orders = Orders(self.core, self._leases)
+        self._exchanges = Exchanges(self.core, self._leases, self._orders)
+        self._forks = Forks(self.core, self._exchanges, self._orders)
+        self._lifecycle = Lifecycle(self.core)
+        self._endings = Endings(self.core, self._leases)
+        self._snapshots = Snapshots(self.core)
         self._reporter = Reporter(self.core, version)
         self._closing = False
         self._idle = asyncio.Event()
@@ -94,6 +107,10 @@ class Engine:
         """The wire's status. Waits for nothing but, briefly, a sample of VRAM."""
         sample = await self.core.sampler.recent(self.core.mains)
         return self._reporter.status(sample)
+
+    def snapshots(self, caller: Caller) -> types.SnapshotsResult:
+        """The images of the caller's processes."""
+        return self._snapshots.listed(caller)
 
     def process_for(self, name: str, caller: Caller) -> Process:
         """The process of that name, for reading its log. Raises NotFound, PermissionDenied."""
@@ -120,7 +137,9 @@ class Engine:
         """Puts recovered processes into the node and watches the live ones. Before ``run``."""
         for process in processes:
             self.core.put(process)
-            if process.state is not ProcState.DEAD:
+            if process.on_disk is not None:
+                self.core.node.images.add(process.on_disk.image)
+            if process.state is not ProcState.DEAD and process.main is not None:
                 self.core.watch(process)
 
     async def run(self) -> None:
@@ -150,14 +169,22 @@ class Engine:
         match event:
             case Requested():
                 self._arrive(event)
-            case Surveyed() | MoveEnded() | Launched() | Killed() | Recorded():
+            case (
+                Surveyed()
+                | MoveEnded()
+                | Launched()
+                | Checked()
+                | Abandoned()
+                | Killed()
+                | Recorded()
+            ):
                 op = self.core.node.operations.get(event.op_id)
                 if op is None:
                     log.error("an end without its operation: %r", event)
                     return
                 self._advance(op, event)
             case Exited():
-                self._lifecycle.exited(event)
+                self._endings.exited(event)
             case Broke():
                 self._abandon(event, event.error)
             case ConnectionClosed():
@@ -167,21 +194,24 @@ class Engine:
             case _:
                 assert_never(event)
 
-    def _advance(
-        self, op: Operation, event: Surveyed | MoveEnded | Launched | Killed | Recorded
-    ) -> None:
+    def _advance(self, op: Operation, event: OfOperation) -> None:
         match event:
             case Surveyed():
                 try:
                     self._exchanges.surveyed(op, event)
                 except errors.GpuschedError as error:
-                    self.core.reply(op, error=error)
+                    if not self._forks.refused(op, error):
+                        self.core.reply(op, error=error)
             case MoveEnded():
-                self._exchanges.move_ended(op, event)
+                self._orders.move_ended(op, event)
+            case Checked():
+                self._snapshots.ended(op, event)
+            case Abandoned():
+                self._forks.abandoned(op, event)
             case Launched():
                 self._lifecycle.launched(op, event)
             case Killed():
-                self._lifecycle.killed(op, event)
+                self._endings.killed(op, event)
             case Recorded():
                 if event.error is not None:
                     log.error("the journal is behind: %s", event.error)
@@ -233,15 +263,20 @@ class Engine:
                 wanted = dict.fromkeys([*names(params.off), *names(params.on)])
                 trees = [self._owned(name, event.caller).tree_id for name in wanted]
                 self._enqueue(op, tuple(trees))
-            case m.Freeze() | m.Thaw() | m.Migrate() | m.Acquire() | m.Kill():
+            case (
+                m.Freeze()
+                | m.Thaw()
+                | m.Migrate()
+                | m.Acquire()
+                | m.Kill()
+                | m.Hibernate()
+                | m.Fork()
+                | m.VerifySnapshot()
+                | m.DeleteSnapshot()
+            ):
                 if isinstance(params, m.Migrate) and params.gpu is None and params.gpus is None:
                     raise errors.InvalidRequest("gpu is missing: the index of the GPU to move to")
                 self._enqueue(op, (self._owned(params.name, event.caller).tree_id,))
-            case m.Hibernate() | m.Fork():
-                self._owned(params.name, event.caller)
-                raise errors.Unsupported(
-                    f"{event.method} is not available in this version; freeze keeps a process in host RAM"
-                )
             case _:
                 raise errors.InternalError(f"{event.method} has no handler")
 
@@ -278,7 +313,11 @@ class Engine:
                 raise errors.NotFound("the process was killed while this request waited for it")
             self.core.claim(op, op.tree_ids)
             if op.kind == "kill":
-                self._lifecycle.kill(op)
+                self._endings.kill(op)
+            elif op.kind == "fork":
+                self._forks.start(op)
+            elif op.kind.endswith("_snapshot"):
+                self._snapshots.start(op)
             else:
                 self._exchanges.start(op)
         except errors.GpuschedError as error:
@@ -302,7 +341,9 @@ class Engine:
         wrapped = _defect(error)
         for tree_id in op.tree_ids:
             process = self.core.node.processes.get(tree_id)
-            if process is not None and process.state in MOVING:
+            if process is not None and process.state is ProcState.WAKING:
+                self.core.apply(tree_id, Trigger.FOUND_HIBERNATED, str(wrapped), error=str(wrapped))
+            elif process is not None and process.state in MOVING:
                 self.core.apply(tree_id, Trigger.FOUND_BROKEN, str(wrapped), error=str(wrapped))
             elif process is not None and process.state is ProcState.STARTING:
                 self.core.remove(tree_id)
@@ -339,7 +380,7 @@ class Engine:
 
     def _open_intents(self) -> list[dict[str, Any]]:
         return [
-            self._exchanges.intent_of(op)
+            self._orders.intent_of(op)
             for op in self.core.node.operations.values()
             # One that has ended is in the journal with its end, or will be: it must not come to life again.
             if op.promise is not None and op.exchange and op.exchange.phase is not Phase.ENDED

@@ -11,7 +11,7 @@ from msgspec import Struct
 from gpusched.domain.exchange import Order
 from gpusched.domain.moves import Outcome
 from gpusched.engine.model import Caller
-from gpusched.ports import ExitStatus, HostRam, Identity, Member, Obstacle, Usage
+from gpusched.ports import DiskFacts, ExitStatus, HostRam, Identity, Member, Obstacle, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,22 @@ class Surveyed:
     held: dict[str, dict[str, int]] = field(default_factory=dict)
     ram: HostRam | None = None
     trees: dict[str, TreeFacts] = field(default_factory=dict)
+    disk: dict[str, DiskFacts] = field(default_factory=dict)
+    #: What has changed since an image was written, for each tree that is to be woken.
+    changes: dict[str, list[str]] = field(default_factory=dict)
     error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskReport:
+    """What a move to or from disk learned. ``pids`` are those before it -> those after it."""
+
+    image: str | None = None
+    image_bytes: int = 0
+    main: Identity | None = None
+    pids: dict[int, int] = field(default_factory=dict)
+    #: The process is gone, and its image is what there is of it.
+    back_on_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +86,26 @@ class MoveEnded:
     driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
     moved: dict[int, dict[str, str]] | None = None
+    disk: DiskReport | None = None
     error: BaseException | None = None
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """The work on one image has ended: it was read, or deleted."""
+
+    op_id: str
+    result: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandoned:
+    """The copies of a fork that failed have been ended, but for ``left``."""
+
+    op_id: str
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +118,12 @@ class Killed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exited:
-    """The main process of a tree has ended."""
+    """The main process of a tree has ended. ``seen_by_move``: the move under way found it gone, and ends by that."""
 
     tree_id: str
+    main: Identity
     status: ExitStatus
+    seen_by_move: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +154,6 @@ class Tick:
     """Time has passed: leases may have run out, waiting requests may be overdue."""
 
 
-Event = (
-    Requested
-    | Launched
-    | Surveyed
-    | MoveEnded
-    | Killed
-    | Exited
-    | Recorded
-    | Broke
-    | ConnectionClosed
-    | Tick
-)
+#: What ends a part of an operation; the field ``op_id`` says of which.
+OfOperation = Surveyed | MoveEnded | Launched | Checked | Abandoned | Killed | Recorded
+Event = OfOperation | Requested | Exited | Broke | ConnectionClosed | Tick

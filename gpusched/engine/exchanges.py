@@ -1,47 +1,51 @@
-"""Freeze, thaw, swap, migrate, acquire: everything that is an exchange of trees, from request to answer.
+"""Freeze, thaw, swap, migrate, acquire, hibernate: everything that is an exchange of trees, from request to decision.
 
-The course of one, in events: start (who goes off, who comes on) -> Surveyed (facts) -> a decision -> orders, each
-ended by MoveEnded -> more orders or the end. ``domain/exchange.py`` knows the order of moves, ``admission.py`` the
-conditions; here they meet the node.
+The course of one, in events: start (who goes where) -> Surveyed (facts) -> a decision -> orders, each ended by
+MoveEnded -> more orders or the end. ``domain/exchange.py`` knows the order of moves, ``admission.py`` and
+``disk_admission.py`` the conditions; here they meet the node. What follows the decision is in ``orders.py``.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from gpusched import errors
-from gpusched.domain.eviction import Candidate, choose_victims
-from gpusched.domain.exchange import Exchange, GpuMap, Order, Phase
-from gpusched.domain.moves import Move, Outcome
+from gpusched.domain.eviction import Candidate, Cold, DiskPolicy, LeastRecentlyUsed, choose_victims
+from gpusched.domain.exchange import Exchange, GpuMap
+from gpusched.domain.moves import Move
 from gpusched.domain.placement import permutation
-from gpusched.domain.states import ProcState, Trigger
-from gpusched.engine import admission
+from gpusched.domain.states import ProcState
+from gpusched.engine import admission, disk_admission
 from gpusched.engine.core import Core
-from gpusched.engine.events import Exited, MoveEnded, Surveyed
+from gpusched.engine.events import Surveyed
 from gpusched.engine.leases import Leases
-from gpusched.engine.model import Operation, Process, Tree
-from gpusched.engine.results import Results, names
+from gpusched.engine.model import Operation, Process
+from gpusched.engine.orders import Orders
+from gpusched.engine.results import names
 from gpusched.protocol import messages as m
-
-log = logging.getLogger(__name__)
 
 _S = ProcState
 #: Where an exchange may begin; the failed are tried again, since every step asks the driver first.
 _CAN_GO_OFF: Final = (_S.ACTIVE, _S.FAILED)
-_CAN_COME_ON: Final = (_S.FROZEN, _S.FAILED)
+_CAN_COME_ON: Final = (_S.FROZEN, _S.HIBERNATED, _S.FAILED)
 
 
 class Exchanges:
-    """Handles the operations ``freeze``, ``thaw``, ``swap``, ``migrate`` and ``acquire``."""
+    """Decides freeze, thaw, swap, migrate, acquire and hibernate, and each of the two exchanges of a fork."""
 
-    def __init__(self, core: Core, leases: Leases) -> None:
+    def __init__(
+        self,
+        core: Core,
+        leases: Leases,
+        orders: Orders,
+        to_disk: DiskPolicy | None = None,
+    ) -> None:
         self._core = core
         self._leases = leases
-        self._results = Results(core)
+        self._orders = orders
+        self._to_disk = to_disk or LeastRecentlyUsed()
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -56,21 +60,29 @@ class Exchanges:
         if isinstance(op.params, m.Acquire) and op.caller is not None:
             self._leases.require_few(processes[0], op.caller.connection)
         off, on = self._sides(op, processes)
-        for process in off:
+        down = self._down(op, processes)
+        for process in (*off, *down):
             self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))
+        move = Move.SAVE if isinstance(op.params, m.Fork) else Move.HIBERNATE
         op.exchange = Exchange(
-            off=tuple(p.tree_id for p in off), on={p.tree_id: gpu_map for p, gpu_map in on}
+            off=tuple(p.tree_id for p in off),
+            down={p.tree_id: move for p in down},
+            up=tuple(p.tree_id for p, _ in on if p.state is _S.HIBERNATED),
+            on={p.tree_id: gpu_map for p, gpu_map in on},
         )
         # Also where nothing is to be done: the result says how much VRAM an active process has.
-        self._survey(op)
+        self.survey(op)
 
     def _sides(
         self, op: Operation, processes: Sequence[Process]
     ) -> tuple[list[Process], list[tuple[Process, GpuMap]]]:
         """Who must go off and who must come on; whoever is there already is left out."""
         match op.params:
-            case m.Freeze():
+            case m.Freeze() | m.Hibernate():
                 return [p for p in processes if p.state in _CAN_GO_OFF], []
+            case m.Fork():
+                off = [p for p in processes if p.state in _CAN_GO_OFF]
+                return off, [(p, None) for p in off]
             case m.Thaw() | m.Acquire():
                 return [], [(p, None) for p in processes if p.state in _CAN_COME_ON]
             case m.Swap():
@@ -97,6 +109,15 @@ class Exchanges:
             case _:
                 raise errors.InternalError(f"{op.kind} is not an exchange")
 
+    def _down(self, op: Operation, processes: Sequence[Process]) -> list[Process]:
+        """Who is to be saved to disk. Raises Unsupported for what never can be."""
+        if not isinstance(op.params, m.Hibernate | m.Fork):
+            return []
+        down = [p for p in processes if p.state in (*_CAN_GO_OFF, _S.FROZEN)]
+        for process in down:
+            disk_admission.require_possible(op.kind, process, self._core.ports.disk.why_not())
+        return down
+
     def _gpu_map(self, process: Process, params: m.Migrate) -> GpuMap:
         """The permutation that takes a process to the asked GPUs; None when it is there already."""
         if not self._core.description.can_migrate:
@@ -117,9 +138,11 @@ class Exchanges:
         except ValueError as error:
             raise errors.InvalidRequest(f"cannot migrate {process.name}: {error}") from None
 
-    def _survey(self, op: Operation) -> None:
+    def survey(self, op: Operation) -> None:
         off, on = self._members(op)
-        work = self._core.surveyor.survey(op.op_id, off, [p for p, _ in on], self._core.mains())
+        work = self._core.surveyor.survey(
+            op.op_id, off, [p for p, _ in on], self._to_be_saved(op), self._core.mains()
+        )
 
         async def survey() -> None:
             self._core.post(await work)
@@ -134,6 +157,11 @@ class Exchanges:
             [(processes[t], gpu_map) for t, gpu_map in op.exchange.on.items()],
         )
 
+    def _to_be_saved(self, op: Operation) -> list[Process]:
+        assert op.exchange is not None
+        trees = (*op.exchange.room, *op.exchange.down)
+        return [self._core.node.processes[t] for t in trees]
+
     # -- the decision -----------------------------------------------------------------------------
 
     def surveyed(self, op: Operation, facts: Surveyed) -> None:
@@ -142,36 +170,122 @@ class Exchanges:
             raise facts.error
         self._note_vram(op, facts)
         off, on = self._members(op)
-        if not off and not on:
-            # Nothing to record, but for a lease by the clock: it is to survive the daemon.
-            lasting = getattr(op.params, "for_s", None) is not None
-            end = self._core.finish if lasting else self._core.reply
-            end(op, result=self._complete(op))
+        assert op.exchange is not None
+        if not op.exchange.trees:
+            self._orders.nothing_to_do(op)
             return
         force = getattr(op.params, "force", False)
         for process in off:
             admission.require_healthy_tree(process, facts.trees[process.tree_id])
             admission.require_no_obstacle(process, facts.trees[process.tree_id], force=force)
         for process, _ in on:
-            if not facts.trees[process.tree_id].members:
+            if process.main is None:
+                disk_admission.require_unchanged(process, facts.changes[process.tree_id])
+            elif not facts.trees[process.tree_id].members:
                 raise errors.ProcessExited(f"{process.name} has ended")
         promises = self._core.promises(except_op=op.op_id, since_s=facts.taken_s)
-        admission.require_host_ram(
-            off,
+        if self._passes_over(op, facts):
+            return
+        saved = self._to_be_saved(op)
+        disk_admission.require_disk(
+            saved,
             facts,
-            promised_bytes=sum(p.host_bytes for p in promises),
-            snapshots_bytes=self._core.snapshots_bytes(),
-            budget_bytes=self._core.ram_budget_bytes(),
+            self._core.ports.disk.room(),
+            promised_bytes=sum(p.disk_bytes for p in promises),
+            budget_bytes=self._core.limits.disk_budget_bytes,
         )
-        short = admission.shortages(off, on, facts, promises)
+        if not self._has_host_ram(op, off, [p for p, _ in on], facts):
+            return
+        planned = [
+            (replace(p, vram=off[0].vram if off else saved[0].vram), g) for p, g in op.planned
+        ]
+        short = admission.shortages(off, [*on, *planned], facts, promises)
         if short:
             self._make_room(op, off, on, short, facts)
             return
-        op.promise = admission.promise_for(off, on, facts)
-        op.before = {t: self._core.node.processes[t].state for t in op.tree_ids}
-        assert op.exchange is not None
+        op.promise = admission.promise_for(off, on, facts, disk_admission.need_of(saved, facts))
+        op.before = {t: self._core.node.processes[t].state for t in op.tree_ids} | op.before
         op.survey_ms = (self._core.monotonic_s - op.begun_s) * 1000
-        self._carry_out(op, op.exchange.start())
+        self._orders.begin(op)
+
+    def _has_host_ram(
+        self, op: Operation, off: Sequence[Process], on: Sequence[Process], facts: Surveyed
+    ) -> bool:
+        """Whether what goes off and what comes from disk fits into host RAM; if not, cold trees are sent to disk first.
+
+        Raises InsufficientHostMemory when that is not possible.
+        """
+        assert op.exchange is not None
+        promises = self._core.promises(except_op=op.op_id, since_s=facts.taken_s)
+        leaving = [self._core.node.processes[t] for t in op.exchange.room]
+        shortage = admission.host_ram_shortage(
+            off,
+            [p for p in on if p.main is None],
+            facts,
+            promised_bytes=sum(p.host_bytes for p in promises),
+            snapshots_bytes=self._core.snapshots_bytes(),
+            leaving_bytes=sum(p.vram_bytes for p in leaving),
+            budget_bytes=self._core.ram_budget_bytes(),
+        )
+        if shortage is None:
+            return True
+        victims = self._to_disk.choose(self._cold(op), shortage.missing_bytes)
+        if not victims:
+            raise shortage.error(tuple(op.unmovable.values()))
+        op.tree_ids = (*op.tree_ids, *victims)
+        self._core.claim(op, victims)
+        op.exchange = replace(op.exchange, room=(*op.exchange.room, *victims))
+        self.survey(op)
+        return False
+
+    def _cold(self, op: Operation) -> list[Cold]:
+        """Frozen trees that may go to disk to make room."""
+        node = self._core.node
+        if self._core.ports.disk.why_not():
+            return []
+        return [
+            Cold(tree_id=t, last_used_unix_s=p.last_used_unix_s, ram_bytes=p.vram_bytes)
+            for t, p in node.processes.items()
+            if p.state is _S.FROZEN
+            and p.isolated
+            and t not in node.busy
+            and t not in op.unmovable
+            and node.lease_count(t, self._core.unix_s) == 0
+        ]
+
+    def _hold_if_shared(
+        self, op: Operation, source: Process, facts: Surveyed, *, force: bool
+    ) -> None:
+        """Copies must come back to open files as they were saved: the source waits until they have."""
+        assert op.exchange is not None
+        disk_admission.require_unshared(source, facts, force=force)
+        if facts.disk[source.tree_id].shared_files:
+            op.exchange = replace(op.exchange, on={})
+
+    def _passes_over(self, op: Operation, facts: Surveyed) -> bool:
+        """Lets go of those that were to make room in RAM and cannot be saved; whether there were any.
+
+        For the trees that the request is about, an obstacle is an error (raised).
+        """
+        assert op.exchange is not None
+        for tree_id in op.exchange.down:
+            process = self._core.node.processes[tree_id]
+            force = getattr(op.params, "force", False)
+            disk_admission.require_no_obstacle(process, facts, force=force)
+            if isinstance(op.params, m.Fork):
+                self._hold_if_shared(op, process, facts, force=force)
+        stuck = [t for t in op.exchange.room if facts.disk[t].obstacles]
+        if not stuck:
+            return False
+        for tree_id in stuck:
+            process = self._core.node.processes[tree_id]
+            op.unmovable[tree_id] = f"{process.name}: {facts.disk[tree_id].obstacles[0].message}"
+            del self._core.node.busy[tree_id]
+        op.tree_ids = tuple(t for t in op.tree_ids if t not in stuck)
+        kept = tuple(t for t in op.exchange.room if t not in stuck)
+        op.exchange = replace(op.exchange, room=kept)
+        self.survey(op)
+        return True
 
     def _note_vram(self, op: Operation, facts: Surveyed) -> None:
         """Keeps what the active trees hold: it is what a thaw will need, and what the result says."""
@@ -212,8 +326,8 @@ class Exchanges:
         op.evicted = victims
         op.tree_ids = (*op.tree_ids, *victims)
         self._core.claim(op, victims)
-        op.exchange = Exchange(off=(*op.exchange.off, *victims), on=op.exchange.on)
-        self._survey(op)
+        op.exchange = replace(op.exchange, off=(*op.exchange.off, *victims))
+        self.survey(op)
 
     def _candidates(self, op: Operation, facts: Surveyed) -> list[Candidate]:
         node = self._core.node
@@ -225,173 +339,3 @@ class Exchanges:
             and node.lease_count(t, self._core.unix_s) == 0
             and (p.evictable or (op.caller is not None and p.uid == op.caller.uid))
         ]
-
-    # -- orders -----------------------------------------------------------------------------------
-
-    def _carry_out(self, op: Operation, orders: list[Order]) -> None:
-        """Records the intent, then has every order performed at the same time."""
-        if not orders:
-            self._conclude(op)
-            return
-        living = []
-        for order in orders:
-            process = self._core.node.processes[order.tree_id]
-            if process.state is _S.DEAD:  # it waited for its turn, or to be taken back
-                gone = errors.ProcessExited(f"{process.name} ended in the middle of the operation")
-                self._core.post(_refused(op.op_id, order, gone))
-                continue
-            why = f"{op.kind} {op.op_id}" + (" (taking it back)" if order.is_undo else "")
-            self._core.apply(order.tree_id, Trigger(order.move), why)
-            living.append(order)
-        records = [*self._core.records_of(o.tree_id for o in orders), self.intent_of(op)]
-        work = self._perform(op.op_id, living, records)
-        self._core.spawn(work, f"orders-{op.op_id}", op.op_id)
-
-    def intent_of(self, op: Operation) -> dict[str, Any]:
-        """The journal record that lets recovery finish or undo an operation."""
-        assert op.exchange is not None
-        return {
-            "op": {
-                "op_id": op.op_id,
-                "kind": op.kind,
-                "off": list(op.exchange.off),
-                "on": list(op.exchange.on),
-                "before": {t: state.value for t, state in op.before.items()},
-            }
-        }
-
-    async def _perform(
-        self, op_id: str, orders: list[Order], records: list[dict[str, Any]]
-    ) -> None:
-        begun = self._core.monotonic_s
-        try:
-            await self._core.ports.journal.append(*records)
-        except errors.GpuschedError as error:
-            if not all(o.is_undo for o in orders):  # an undo is owed, recorded or not
-                for order in orders:
-                    self._core.post(_refused(op_id, order, error))
-                return
-        record_ms = (self._core.monotonic_s - begun) * 1000
-        async with asyncio.TaskGroup() as moves:
-            for order in orders:
-                move = self._move(op_id, order, record_ms)
-                moves.create_task(move, name=f"{order.move}-{order.tree_id}")
-
-    async def _move(self, op_id: str, order: Order, record_ms: float) -> None:
-        process = self._core.node.processes[order.tree_id]
-        assert process.main is not None
-        tree = Tree(
-            tree_id=process.tree_id,
-            main=process.main,
-            vram=process.vram,
-            oom_scores=process.oom_scores,
-            moved=process.moved,
-            uid=process.uid,
-        )
-        begun = self._core.monotonic_s
-        report = await self._core.mover.run(tree, order.move, order.gpu_map)
-        if isinstance(report.error, errors.ProcessExited):
-            # Its end comes first, so that nobody hears of a process in some state that is in truth dead.
-            status = await self._core.ports.trees.wait_exit(tree.tree_id, tree.main)
-            self._core.post(Exited(tree_id=tree.tree_id, status=status))
-        self._core.post(
-            MoveEnded(
-                op_id=op_id,
-                order=order,
-                outcome=report.outcome,
-                duration_ms=(self._core.monotonic_s - begun) * 1000,
-                phases_ms={"record": round(record_ms, 2), **report.phases_ms},
-                driver_ms=report.driver_ms,
-                oom_scores=report.oom_scores,
-                moved=report.moved,
-                error=report.error,
-                note=report.note,
-            )
-        )
-
-    # -- how they end -----------------------------------------------------------------------------
-
-    def move_ended(self, op: Operation, ended: MoveEnded) -> None:
-        """One order has ended: its process changes state, and the exchange says what is next."""
-        assert op.exchange is not None
-        tree_id, order = ended.order.tree_id, ended.order
-        process = self._core.node.processes[tree_id]
-        changes: dict[str, Any] = {}
-        if ended.oom_scores is not None:
-            changes["oom_scores"] = ended.oom_scores
-        if ended.moved is not None:
-            changes["moved"] = ended.moved
-        if ended.outcome is Outcome.DONE:
-            changes["error"] = None
-            if order.move is Move.THAW:
-                changes |= {
-                    "gpus": tuple((order.gpu_map or {}).get(g, g) for g in process.gpus),
-                    "vram": admission.need_of([(process, order.gpu_map)]),
-                    "last_used_unix_s": self._core.unix_s,
-                }
-        elif ended.outcome is Outcome.LOST:
-            changes["error"] = f"{ended.error}. {ended.note}"
-        why = (
-            str(ended.error) if ended.error else f"{op.kind} {op.op_id}, {ended.duration_ms:.0f} ms"
-        )
-        self._core.apply(tree_id, Trigger(ended.outcome), why, **changes)
-        self._core.sampler.invalidate()
-        if ended.error is not None and op.error is None:
-            op.error = ended.error
-        op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
-        op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
-        phases = op.phases_ms.setdefault(tree_id, {"survey": round(op.survey_ms, 2)})
-        phases.update(ended.phases_ms)
-        self._tell(op, ended, process)
-        nothing_left = ended.order.is_undo and isinstance(ended.error, errors.ProcessExited)
-        orders = op.exchange.ended(tree_id, Outcome.DONE if nothing_left else ended.outcome)
-        if orders or op.exchange.phase is Phase.ENDED:
-            self._carry_out(op, orders)
-
-    def _tell(self, op: Operation, ended: MoveEnded, process: Process) -> None:
-        """Counts and announces one ended move."""
-        counters, move = self._core.node.counters, ended.order.move
-        if ended.outcome is not Outcome.DONE:
-            type_ = "lost" if ended.outcome is Outcome.LOST else "rollback"
-            self._core.events.emit(type_, process.name, f"{move}: {ended.error}")
-        elif ended.order.is_undo:
-            self._core.events.emit("rollback", process.name, f"{move} again after a failure")
-        elif op.kind != "migrate":
-            if move is Move.FREEZE:
-                counters.freezes += 1
-                counters.freeze_ms += ended.duration_ms
-            else:
-                counters.thaws += 1
-                counters.thaw_ms += ended.duration_ms
-                counters.cache_hits += 1
-            type_ = "evict" if process.tree_id in op.evicted else move.value
-            self._core.events.emit(type_, process.name, duration_ms=ended.duration_ms)
-
-    def _conclude(self, op: Operation) -> None:
-        assert op.exchange is not None
-        if op.exchange.outcome is Outcome.DONE:
-            if op.kind == "migrate":
-                self._core.node.counters.migrations += 1
-                self._core.events.emit(
-                    "migrate",
-                    self._core.node.processes[op.tree_ids[0]].name,
-                    duration_ms=self._results.elapsed_ms(op),
-                )
-            self._core.finish(op, result=self._complete(op))
-            return
-        self._core.finish(op, error=self._results.failure(op))
-
-    def _complete(self, op: Operation) -> dict[str, Any]:
-        """The result of an operation that reached its goal; an acquire gets its lease here."""
-        result = self._results.of(op)
-        if isinstance(op.params, m.Acquire):
-            process = self._core.named(op.params.name)
-            result |= self._leases.grant(process, op.caller, op.params.for_s)
-        return result
-
-
-def _refused(op_id: str, order: Order, error: errors.GpuschedError) -> MoveEnded:
-    """The end of an order that was never begun."""
-    return MoveEnded(
-        op_id=op_id, order=order, outcome=Outcome.ROLLED_BACK, duration_ms=0.0, error=error
-    )

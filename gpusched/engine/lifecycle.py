@@ -1,11 +1,10 @@
-"""How managed processes begin and end: run, adopt, kill, and the exit nobody asked for."""
+"""How managed processes begin: run and adopt. See also ``endings.py``."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import signal
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,28 +15,24 @@ from gpusched import errors
 from gpusched.domain.states import ProcState, Trigger
 from gpusched.engine.admission import require_few, require_owner
 from gpusched.engine.core import Core
-from gpusched.engine.events import Exited, Killed, Launched
-from gpusched.engine.leases import Leases
+from gpusched.engine.events import Launched
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
-from gpusched.ports import DriverState, ExitStatus, Identity, Launch, Member, User
+from gpusched.ports import DriverState, Identity, Launch, Member, User
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
 
-#: After SIGKILL a process may still be in the kernel: a driver call, a dump of core.
-KILL_TIMEOUT_S: Final = 60.0
 #: Accounts may be asked from a directory service, which may hang.
 LOOKUP_TIMEOUT_S: Final = 15.0
 _S = ProcState
 
 
 class Lifecycle:
-    """Handles the operations ``run``, ``adopt`` and ``kill``."""
+    """Handles the operations ``run`` and ``adopt``."""
 
-    def __init__(self, core: Core, leases: Leases) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
-        self._leases = leases
         #: Main processes of adoptions under way: a process must not get into two trees.
         self._claimed: dict[str, Identity] = {}
         self._claiming = asyncio.Lock()
@@ -67,6 +62,7 @@ class Lifecycle:
             started_unix_s=now,
             last_used_unix_s=now,
             adopted=isinstance(params, m.Adopt),
+            isolated=isinstance(params, m.Run) and self._isolated(params),
             evictable=params.evictable,
             log_path=str(self._core.limits.log_dir / f"{params.name}.log")
             if isinstance(params, m.Run)
@@ -98,6 +94,14 @@ class Lifecycle:
             raise errors.InvalidRequest("a GPU is named twice")
         return self._core.uuids(wanted)
 
+    def _isolated(self, params: m.Run) -> bool:
+        """Whether the tree gets namespaces of its own: as asked, else as the daemon was told."""
+        if params.isolate and os.geteuid() != 0:
+            raise errors.Unsupported(
+                "only a daemon of root's can give a process namespaces of its own; leave out isolate"
+            )
+        return self._core.limits.isolate if params.isolate is None else params.isolate
+
     async def _run(self, op: Operation, process: Process, replaced: Process | None) -> None:
         assert op.caller is not None
         ports = self._core.ports
@@ -114,6 +118,7 @@ class Lifecycle:
                 gid=op.caller.gid,
                 groups=user.groups,
                 log_path=process.log_path or os.devnull,
+                isolated=process.isolated,
             )
             main = await ports.trees.launch(launch)
         except errors.GpuschedError as error:
@@ -269,98 +274,6 @@ class Lifecycle:
             result["mem_mb"] = process.vram_bytes >> 20
         self._core.finish(op, result=result)
 
-    # -- the end ----------------------------------------------------------------------------------
-
-    def kill(self, op: Operation) -> None:
-        """Ends a tree, or forgets one that has ended already."""
-        process = self._core.node.processes[op.tree_ids[0]]
-        self._leases.require_free(process, op.caller, force=op.params.force)
-        if process.state is _S.DEAD or process.main is None:
-            self.killed(op, Killed(op_id=op.op_id))
-            return
-        op.before = {process.tree_id: process.state}
-        self._core.spawn(self._end(op, process), f"kill-{process.name}", op.op_id)
-
-    async def _end(self, op: Operation, process: Process) -> None:
-        try:
-            await self._terminate(process)
-        except errors.GpuschedError as error:
-            self._core.post(Killed(op_id=op.op_id, error=error))
-        else:
-            self._core.post(Killed(op_id=op.op_id))
-
-    async def _terminate(self, process: Process) -> None:
-        """SIGTERM and a grace period, then SIGKILL; at once when nobody could answer a SIGTERM."""
-        trees, clock = self._core.ports.trees, self._core.ports.clock
-        assert process.main is not None
-        ours = await self._ours(process)
-        if process.state is _S.ACTIVE and not all(x.stopped for x in ours):
-            await trees.signal(ours, signal.SIGTERM)
-            deadline = clock.monotonic_s() + self._core.limits.kill_grace_s
-            await self._until_gone(process, deadline)
-        deadline = clock.monotonic_s() + KILL_TIMEOUT_S
-        while ours := await self._ours(process):
-            await trees.signal(ours, signal.SIGKILL)
-            await self._until_gone(process, min(deadline, clock.monotonic_s() + 1.0))
-            if clock.monotonic_s() > deadline:
-                raise errors.DriverError(
-                    f"{process.name} did not end {KILL_TIMEOUT_S:.0f} s after SIGKILL (pids "
-                    f"{[x.pid for x in ours]}): the kernel still holds it, see dmesg"
-                )
-        if await trees.is_alive(process.main):
-            raise errors.PermissionDenied(
-                f"pid {process.main.pid} of {process.name} belongs to another user now; gpusched does not end "
-                "other users' processes"
-            )
-        await trees.wait_exit(process.tree_id, process.main)
-
-    async def _until_gone(self, process: Process, deadline_s: float) -> None:
-        pause = 0.002
-        while await self._ours(process) and self._core.monotonic_s < deadline_s:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.1)
-
-    async def _ours(self, process: Process) -> list[Member]:
-        """The members that the owner may signal: a set-uid descendant of somebody else is not ours to end."""
-        assert process.main is not None
-        members = await self._core.ports.trees.members(process.tree_id, process.main)
-        return [x for x in members if process.uid in (0, x.ruid)]
-
-    def killed(self, op: Operation, event: Killed) -> None:
-        """A kill has ended; the entry goes with the process."""
-        if event.error is not None:
-            self._core.finish(op, error=event.error)
-            return
-        tree_id = op.tree_ids[0]
-        process = self._core.node.processes[tree_id]
-        self._core.remove(tree_id)
-        self._core.sampler.invalidate()
-        self._core.spawn(self._core.ports.trees.forget(tree_id), f"forget-{tree_id}")
-        self._core.events.emit("kill", process.name)
-        self._core.finish(op, result={"name": process.name})
-
-    def exited(self, event: Exited) -> None:
-        """The main process of a tree has ended by itself, or by somebody's signal."""
-        process = self._core.node.processes.get(event.tree_id)
-        if process is None or process.state is _S.DEAD:
-            return  # it was killed through us
-        how = describe_exit(event.status)
-        process = self._core.apply(
-            event.tree_id, Trigger.EXITED, how, exit=event.status, oom_scores={}, timed_leases=()
-        )
-        self._core.drop_leases(lambda tree_id, _: tree_id == event.tree_id)
-        self._core.sampler.invalidate()
-        self._core.events.emit("exit", process.name, how)
-        self._core.spawn(self._record_exit(process), f"record-exit-{process.name}")
-
-    async def _record_exit(self, process: Process) -> None:
-        records = self._core.records_of([process.tree_id])
-        try:
-            await self._core.ports.journal.append(*records)
-        except errors.GpuschedError as error:
-            log.warning("the end of %s is not in the journal: %s", process.name, error)
-            self._core.journal_is_behind = True
-
 
 def require_runnable(params: m.Run) -> None:
     """Raises InvalidRequest for a command, directory or environment that no kernel would take."""
@@ -378,12 +291,3 @@ def require_runnable(params: m.Run) -> None:
         raise errors.InvalidRequest(f"dir must be an absolute path, not {params.dir!r}")
     if bad := [key for key in params.env or {} if not key or "=" in key]:
         raise errors.InvalidRequest(f"env has an unusable name: {bad[0]!r}")
-
-
-def describe_exit(status: ExitStatus) -> str:
-    if status.signal is not None:
-        try:
-            return f"ended by {signal.Signals(status.signal).name}"
-        except ValueError:
-            return f"ended by signal {status.signal}"
-    return "ended" if status.code is None else f"exited with {status.code}"

@@ -14,7 +14,7 @@ import msgspec
 
 from gpusched import errors
 from gpusched.domain.capacity import Promise
-from gpusched.domain.exchange import Exchange
+from gpusched.domain.exchange import Exchange, GpuMap
 from gpusched.domain.moves import Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger, transition
 from gpusched.ports import ExitStatus, Identity
@@ -44,12 +44,50 @@ class TimedLease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnDisk:
+    """An image of a process, and what the process's record knew by pid, by the pids inside."""
+
+    image: str
+    size_bytes: int
+    created_unix_s: float
+    oom_scores: dict[int, int] = field(default_factory=dict)
+    moved: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        process: Process,
+        image: str,
+        *,
+        size_bytes: int,
+        created_unix_s: float,
+        pids: Mapping[int, int],
+    ) -> OnDisk:
+        """``pids``: host pid -> pid inside."""
+        return cls(
+            image=image,
+            size_bytes=size_bytes,
+            created_unix_s=created_unix_s,
+            oom_scores=_by(process.oom_scores, pids),
+            moved=_by(process.moved, pids),
+        )
+
+    def woken(self, pids: Mapping[int, int]) -> dict[str, Any]:
+        """The changes to the record of a process that has come from here; ``pids``: pid inside -> host pid."""
+        return {"oom_scores": _by(self.oom_scores, pids), "moved": _by(self.moved, pids)}
+
+
+def _by(known: Mapping[int, Any], pids: Mapping[int, int]) -> dict[int, Any]:
+    return {pids[pid]: value for pid, value in known.items() if pid in pids}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """A managed tree of processes. This is also its journal record.
 
     ``vram[uuid]`` is in bytes: the last active value, exact after an operation. ``oom_scores`` are the ones to put
     back when it thaws. ``moved[pid]`` is the GPU map of members whose saved VRAM belongs elsewhere than ``gpus`` say:
-    a migration had reached them and was taken back.
+    a migration had reached them and was taken back. On disk both go by the pids inside.
     """
 
     tree_id: str
@@ -63,10 +101,18 @@ class Process:
     main: Identity | None = None
     log_path: str | None = None
     adopted: bool = False
+    isolated: bool = False
+    own_network: bool = False
     evictable: bool = False
     vram: dict[str, int] = field(default_factory=dict)
     oom_scores: dict[int, int] = field(default_factory=dict)
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    #: What holds it, or held it until a moment ago: kept until it runs again.
+    on_disk: OnDisk | None = None
+    #: The image that a hibernation is writing; complete, it is what the process is.
+    writing: str | None = None
+    #: The tree that this is a copy of, until the copy has run.
+    copy_of: str | None = None
     exit: ExitStatus | None = None
     error: str | None = None
     timed_leases: tuple[TimedLease, ...] = ()
@@ -156,6 +202,13 @@ class Operation:
     exchange: Exchange | None = None
     promise: Promise | None = None
     evicted: tuple[str, ...] = ()
+    #: Frozen trees that cannot go to disk to make room, and why.
+    unmovable: dict[str, str] = field(default_factory=dict)
+    #: Of a fork: its copies before they are there, and the image that they come from; then their tree ids.
+    planned: tuple[tuple[Process, GpuMap], ...] = ()
+    image: str | None = None
+    saved: OnDisk | None = None
+    copies: tuple[str, ...] = ()
     before: dict[str, ProcState] = field(default_factory=dict)
     phases_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     durations_ms: dict[str, float] = field(default_factory=dict)
@@ -177,6 +230,8 @@ class Counters:
     freezes: int = 0
     thaws: int = 0
     migrations: int = 0
+    hibernations: int = 0
+    forks: int = 0
     cold_starts: int = 0
     freeze_ms: float = 0.0
     thaw_ms: float = 0.0
@@ -190,6 +245,8 @@ class Node:
     operations: dict[str, Operation] = field(default_factory=dict)  # in order of arrival
     busy: dict[str, str] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)
+    #: Complete images on disk.
+    images: set[str] = field(default_factory=set)
     #: Promises of operations that ended, with when: a sample taken earlier may not show what they took.
     ended_promises: list[tuple[float, Promise]] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
@@ -207,7 +264,13 @@ class Node:
         assert len(names) == len(set(names)), "a name twice"
         for tree_id, process in self.processes.items():
             assert process.tree_id == tree_id
-            assert process.state is ProcState.STARTING or process.main or process.exit
+            assert (
+                process.state is ProcState.STARTING
+                or process.main
+                or process.exit
+                or process.on_disk
+            )
+            assert process.state is not ProcState.HIBERNATED or process.on_disk, "nothing to wake"
             assert process.state not in MOVING or tree_id in self.busy, f"{process} moves alone"
         for tree_id, op_id in self.busy.items():
             assert op_id in self.operations, f"{tree_id} is busy with an operation that ended"

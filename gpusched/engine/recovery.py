@@ -25,14 +25,29 @@ import msgspec
 from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger
+from gpusched.engine.disk_recovery import DiskRecovery
 from gpusched.engine.model import Process, Tree, from_record
 from gpusched.engine.moves import Mover
 from gpusched.engine.survey import take_sample
-from gpusched.ports import Clock, Driver, DriverState, Identity, Launch, Member, Trees, Usage, Users
+from gpusched.ports import (
+    Clock,
+    Disk,
+    Driver,
+    DriverState,
+    Identity,
+    Launch,
+    Member,
+    Trees,
+    Usage,
+    Users,
+)
 
 log = logging.getLogger(__name__)
 
 _S = ProcState
+_NOT_TO_BE_MOVED = (_S.DEAD, _S.FAILED, _S.HIBERNATED)
+#: Where a process without CUDA state stands still because we stopped it.
+_AT_REST = (_S.FROZEN, _S.FREEZING, _S.THAWING, _S.HIBERNATING)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,7 +90,7 @@ class Recovery:
     """One pass, before the engine runs."""
 
     def __init__(
-        self, driver: Driver, trees: Trees, clock: Clock, users: Users, mover: Mover
+        self, driver: Driver, trees: Trees, clock: Clock, users: Users, mover: Mover, disk: Disk
     ) -> None:
         self._driver = driver
         self._trees = trees
@@ -84,10 +99,14 @@ class Recovery:
         self._mover = mover
         #: What was found and done, one line each, for the log and the first events.
         self.notes: list[str] = []
+        self._disk = DiskRecovery(disk, trees, clock, self._note)
 
     async def recover(self, memory: Remembered) -> list[Process]:
         """The processes as they truly are. Blocks for as long as half-done moves take to finish or undo."""
+        await self._disk.begin()
         await self._add_leftovers(memory)
+        remembered = self._disk.unknown(memory.processes)
+        memory.processes |= {p.tree_id: p for p in remembered}
         # At the same time: one that does not settle must not hold up the others. Moves come one after another.
         found = await asyncio.gather(*(self._look(p) for p in memory.processes.values()))
         recovered = [
@@ -101,12 +120,21 @@ class Recovery:
         for operation in memory.operations.values():
             await self._undo_operation(operation, by_id)
             await self._note_gpus(operation, by_id)
+        # What runs is not any more what its image holds.
+        for process in by_id.values():
+            if process.state is _S.ACTIVE and process.on_disk is not None:
+                by_id[process.tree_id] = replace(process, on_disk=None)
+        await self._disk.finish(by_id)
         return list(by_id.values())
 
     async def _look(self, process: Process) -> _Look | None:
         """What is there of one process; None for one that never began. Acts on nothing."""
         if process.state is _S.DEAD:
             return _Look(process=process)
+        settled, is_settled = await self._disk.settle(process)
+        if settled is None or is_settled:
+            return _Look(process=settled) if settled is not None else None
+        process = settled
         if process.main is None or not await self._trees.is_alive(process.main):
             gone = await self._after_end(process)
             return _Look(process=gone) if gone is not None else None
@@ -124,7 +152,7 @@ class Recovery:
             known = memory.processes.get(tree_id)
             if known is None:
                 memory.processes[tree_id] = await self._from_launch(tree_id, launch, main)
-            elif known.main is None:
+            elif known.main is None and known.state is _S.STARTING:
                 # The daemon died between the intent to run it and hearing its pid.
                 memory.processes[tree_id] = self._begun(known, main)
 
@@ -147,6 +175,7 @@ class Recovery:
             state=_S.ACTIVE,
             main=main,
             adopted=not launch.argv,
+            isolated=launch.isolated,
             log_path=launch.log_path if launch.argv else None,
         )
         self._note(process, "is not in the journal; taken from its supervisor's record")
@@ -162,6 +191,12 @@ class Recovery:
             self._note(process, "had not been started; its name is free")
             await self._trees.forget(process.tree_id)
             return None
+        # What ended by itself had run, whatever the last daemon knew.
+        if status.code is None:
+            on_disk = self._disk.after_end(process)
+            if on_disk is not None:
+                await self._trees.forget(process.tree_id)
+                return on_disk
         self._note(process, "ended while no daemon ran")
         return process.after(
             Trigger.EXITED,
@@ -190,7 +225,7 @@ class Recovery:
         was = process.state
         if found & {DriverState.FAILED, DriverState.UNKNOWN}:
             return self._broken(process, "was given up by the driver; kill it")
-        stopped_only = not found and stopped and was in (_S.FROZEN, _S.FREEZING, _S.THAWING)
+        stopped_only = not found and stopped and was in _AT_REST
         if found == {DriverState.CHECKPOINTED} or stopped_only:
             move, wanted = Move.FREEZE, _S.FROZEN
         elif found <= {DriverState.RUNNING}:
@@ -238,8 +273,9 @@ class Recovery:
     ) -> None:
         """Takes back an exchange that the last daemon did not end, unless it had reached its goal."""
         there = [t for t in (*operation["off"], *operation["on"]) if t in processes]
-        on = set(operation["on"])
-        goal = {t: _S.ACTIVE if t in on else _S.FROZEN for t in there}
+        goal = dict.fromkeys(operation["off"], _S.FROZEN)
+        goal |= dict.fromkeys(operation.get("down", ()), _S.HIBERNATED)
+        goal |= dict.fromkeys(operation["on"], _S.ACTIVE)
         if all(processes[t].state is goal[t] for t in there):
             return
         before = {t: _S(operation["before"].get(t, _S.ACTIVE)) for t in there}
@@ -247,7 +283,7 @@ class Recovery:
         for wanted, move in ((_S.FROZEN, Move.FREEZE), (_S.ACTIVE, Move.THAW)):
             for tree_id in dict.fromkeys(there):
                 process = processes[tree_id]
-                if process.state in MOVING or process.state in (_S.DEAD, _S.FAILED):
+                if process.state in MOVING or process.state in _NOT_TO_BE_MOVED:
                     continue
                 if before[tree_id] is not wanted or process.state is wanted:
                     continue

@@ -38,7 +38,7 @@ class Reporter:
         core = self._core
         capabilities: types.Capabilities = {
             "cuda_checkpoint": True,
-            "criu": False,
+            "criu": not core.ports.disk.why_not(),
             "driver_version": core.description.driver_version,
             "backend": core.description.backend,
             "simulated": core.description.simulated,
@@ -109,12 +109,12 @@ def _gpus(core: Core, sample: Sample) -> list[types.GpuStatus]:
 
 def _vram_bytes(process: Process, held: Mapping[str, int]) -> int:
     match process.state:
-        case ProcState.FROZEN | ProcState.FREEZING | ProcState.THAWING:
-            return process.vram_bytes
         case ProcState.DEAD:
             return 0
-        case _:
+        case ProcState.STARTING | ProcState.ACTIVE | ProcState.FAILED:
             return sum(held.values())
+        case _:
+            return process.vram_bytes
 
 
 def _render(core: Core, process: Process) -> types.ProcessStatus:
@@ -134,6 +134,8 @@ def _render(core: Core, process: Process) -> types.ProcessStatus:
         "user": process.user,
         "uid": process.uid,
         "adopted": process.adopted,
+        "isolated": process.isolated,
+        "own_network": process.own_network,
         "evictable": process.evictable,
         "leases": 0,
         "op": None,
@@ -150,7 +152,7 @@ def _memory(core: Core) -> types.MemoryStatus:
         "host_ram_free_mb": ram.available_bytes // MIB,
         "host_ram_budget_mb": core.ram_budget_bytes() // MIB,
         "snapshots_mb": core.snapshots_bytes() // MIB,
-        "disk_used_mb": 0,
+        "disk_used_mb": core.ports.disk.room().used_bytes // MIB,
         "disk_budget_mb": core.limits.disk_budget_bytes // MIB,
     }
 
@@ -162,9 +164,9 @@ def _metrics(core: Core) -> types.Metrics:
         "cache_hits": c.cache_hits,
         "freezes": c.freezes,
         "thaws": c.thaws,
-        "forks": 0,
+        "forks": c.forks,
         "migrations": c.migrations,
-        "hibernations": 0,
+        "hibernations": c.hibernations,
         "cold_starts": c.cold_starts,
         "avg_freeze_ms": round(c.freeze_ms / c.freezes) if c.freezes else 0,
         "avg_thaw_ms": round(c.thaw_ms / c.thaws) if c.thaws else 0,

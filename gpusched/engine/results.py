@@ -7,6 +7,7 @@ from typing import Any
 from gpusched import errors
 from gpusched.domain.moves import Outcome
 from gpusched.domain.states import ProcState, tier_of
+from gpusched.engine.admission import on_disk_bytes
 from gpusched.engine.core import Core
 from gpusched.engine.model import Operation, Process
 from gpusched.protocol import messages as m
@@ -49,7 +50,7 @@ class Results:
         assert op.exchange is not None
         by_name = {p.name: p for p in (self._core.node.processes[t] for t in op.tree_ids)}
         match op.params:
-            case m.Freeze():
+            case m.Freeze() | m.Hibernate():
                 return self._frozen(op, by_name[op.params.name])
             case m.Thaw() | m.Acquire():
                 return self._thawed(op, by_name[op.params.name])
@@ -64,7 +65,7 @@ class Results:
 
     def _moved(self, op: Operation, process: Process) -> dict[str, Any]:
         moved = process.tree_id in op.durations_ms
-        single = len(op.tree_ids) == 1
+        single = len(op.tree_ids) == 1 or (len(op.exchange.trees) == 1 if op.exchange else False)
         took = self.elapsed_ms(op) if single else round(op.durations_ms.get(process.tree_id, 0))
         result: dict[str, Any] = {
             "name": process.name,
@@ -79,11 +80,18 @@ class Results:
         return result
 
     def _frozen(self, op: Operation, process: Process) -> dict[str, Any]:
-        return self._moved(op, process) | {"tier": tier_of(process.state).value}
+        result = self._moved(op, process) | {"tier": tier_of(process.state).value}
+        if process.state is _S.HIBERNATED:
+            result["disk_mb"] = mib(on_disk_bytes(process))
+        if op.exchange is not None and op.exchange.room:
+            result["to_disk"] = [self._core.node.processes[t].name for t in op.exchange.room]
+        return result
 
     def _thawed(self, op: Operation, process: Process) -> dict[str, Any]:
         before = op.before.get(process.tree_id, process.state)
         result = self._moved(op, process) | {"from_tier": tier_of(before).value}
+        if op.exchange is not None and op.exchange.room:
+            result["to_disk"] = [self._core.node.processes[t].name for t in op.exchange.room]
         if op.evicted:
             result["evicted"] = [self._core.node.processes[t].name for t in op.evicted]
         return result

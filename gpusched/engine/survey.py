@@ -14,8 +14,8 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.engine.events import Surveyed, TreeFacts
-from gpusched.engine.model import Process
-from gpusched.ports import Clock, Driver, Host, Identity, Trees, Usage
+from gpusched.engine.model import Process, to_record
+from gpusched.ports import Clock, Disk, DiskFacts, Driver, Host, Identity, Trees, Usage
 
 log = logging.getLogger(__name__)
 
@@ -95,34 +95,42 @@ class Sampler:
 class Surveyor:
     """Gathers what ``admission`` decides by."""
 
-    def __init__(self, driver: Driver, trees: Trees, host: Host, clock: Clock) -> None:
+    def __init__(self, driver: Driver, trees: Trees, host: Host, clock: Clock, disk: Disk) -> None:
         self._driver = driver
         self._trees = trees
         self._host = host
         self._clock = clock
+        self._disk = disk
 
     async def survey(
         self,
         op_id: str,
         off: Iterable[Process],
         on: Iterable[Process],
+        to_disk: Iterable[Process],
         mains: Mapping[str, Identity],
     ) -> Surveyed:
-        """Facts for freezing ``off`` and thawing ``on``. Never raises: what went wrong is in ``error``.
+        """Facts for freezing ``off``, saving ``to_disk`` and bringing ``on`` back. Never raises: see ``error``.
 
-        Costs two or three driver calls, one look at /proc for each tree, and the obstacle check of each in ``off``.
+        Costs two or three driver calls, one look at /proc for each tree, the obstacle checks of each in ``off`` and
+        ``to_disk``, and a comparison of each image with this machine.
         """
+        on = list(on)
         try:
-            sample, facts = await asyncio.gather(
+            sample, facts, disk, changes = await asyncio.gather(
                 take_sample(self._driver, self._trees, self._clock, mains),
                 asyncio.gather(
                     *(self._look(process, with_obstacles=True) for process in off),
-                    *(self._look(process, with_obstacles=False) for process in on),
+                    *(self._look(p, with_obstacles=False) for p in on if p.main is not None),
                 ),
+                asyncio.gather(*(self._look_for_disk(process) for process in to_disk)),
+                asyncio.gather(*(self._compare(p) for p in on if p.main is None)),
             )
         except errors.GpuschedError as error:
             return Surveyed(op_id=op_id, error=error)
         return Surveyed(
+            disk=dict(disk),
+            changes=dict(changes),
             op_id=op_id,
             taken_s=sample.taken_s,
             usage=sample.usage,
@@ -130,6 +138,16 @@ class Surveyor:
             ram=self._host.ram(),
             trees=dict(facts),
         )
+
+    async def _look_for_disk(self, process: Process) -> tuple[str, DiskFacts]:
+        assert process.main is not None
+        members = await self._trees.members(process.tree_id, process.main)
+        facts = await self._disk.look(process.tree_id, process.main, members, to_record(process))
+        return process.tree_id, facts
+
+    async def _compare(self, process: Process) -> tuple[str, list[str]]:
+        assert process.on_disk is not None
+        return process.tree_id, await self._disk.changes(process.on_disk.image)
 
     async def _look(self, process: Process, *, with_obstacles: bool) -> tuple[str, TreeFacts]:
         assert process.main is not None

@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gpusched import errors
 from gpusched.mechanisms import cgroups, proc
@@ -26,10 +28,12 @@ from gpusched.ports import Identity, Launch
 
 #: A start takes some 30 ms; longer than this means a dead network file system or a stopped supervisor.
 _START_TIMEOUT_S = 30.0
+#: After SIGKILL a process may still be in the kernel: a driver call, a large address space.
+_END_TIMEOUT_S = 60.0
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
-def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id: str) -> Identity:
+def start(launch: Launch, files: TreeFiles, ground: Ground) -> Identity:
     """Starts a tree. Blocks for the start of an interpreter, 30 s at most. Errors: see ``TreeKeeper.launch``."""
     try:
         lock_fd = files.create()
@@ -37,22 +41,73 @@ def start(launch: Launch, files: TreeFiles, groups: cgroups.TreeGroups, boot_id:
         raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
     except OSError as error:
         raise _system_error(launch, error.errno, str(error)) from error
-    group = groups.path_for(launch.tree_id)
+    group = ground.groups.path_for(launch.tree_id)
     try:
         files.write_launch(
             launch, group
         )  # before the group is made: nobody would find it otherwise
         joined = group if group is not None and cgroups.create(group) else None
-        return _run_supervisor(launch, files, joined, lock_fd, boot_id)
+        return _run_supervisor(launch, files, ground, joined, lock_fd)
     except BaseException as error:
         if group is not None:
             cgroups.remove(group)
-        shutil.rmtree(files.path, ignore_errors=True)
+        for path in (*ground.own_directories(launch.tree_id), files.path):
+            shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError):
             raise _system_error(launch, error.errno, str(error)) from error
         raise
     finally:
         os.close(lock_fd)  # from here on the supervisor alone holds the lock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What all trees of one keeper have in common.
+
+    ``binds``: directories of the host and where an isolated tree sees them, ``{tree}`` standing for its id. Those
+    with ``{tree}`` in them are made for each tree, writable for its users.
+    """
+
+    groups: cgroups.TreeGroups
+    boot_id: str
+    binds: Sequence[tuple[str, str]] = ()
+
+    def own_directories(self, tree_id: str) -> list[Path]:
+        """What was made on the host for this tree alone."""
+        return [
+            Path(source.partition("{tree}")[0]) / tree_id
+            for source, _ in self.binds
+            if "/{tree}" in source
+        ]
+
+    def task(self, launch: Launch, group: Path | None, **more: object) -> dict[str, Any]:
+        """What the supervisor is told. Raises OSError when a directory cannot be made."""
+        fields = asdict(launch)
+        for own in ("tree_id", "name", "isolated"):
+            del fields[own]
+        binds = None
+        if launch.isolated:
+            binds = [(source.format(tree=launch.tree_id), target) for source, target in self.binds]
+            for (source, _), (pattern, _) in zip(binds, self.binds, strict=True):
+                if source != pattern:
+                    _make_shared(Path(source))
+        defaults = {"own_network": False, "revive": False, "fresh_log": False}
+        group_name = str(group) if group else None
+        return {
+            **fields,
+            "cgroup": group_name,
+            "boot_id": self.boot_id,
+            "binds": binds,
+            **defaults,
+            **more,
+        }
+
+
+def _make_shared(path: Path) -> None:
+    """A directory like /tmp, in one that is root's."""
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    path.chmod(0o1777)
 
 
 def record_adopted(launch: Launch, files: TreeFiles, main: Identity) -> None:
@@ -67,56 +122,165 @@ def record_adopted(launch: Launch, files: TreeFiles, main: Identity) -> None:
 
 
 def _run_supervisor(
-    launch: Launch, files: TreeFiles, group: Path | None, lock_fd: int, boot_id: str
+    launch: Launch, files: TreeFiles, ground: Ground, group: Path | None, lock_fd: int
 ) -> Identity:
-    task = {key: value for key, value in asdict(launch).items() if key not in {"tree_id", "name"}}
-    task |= {"cgroup": str(group) if group else None, "boot_id": boot_id}
-    report_read, report_write = os.pipe()
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    with _Supervisor(launch, files, lock_fd) as supervisor:
+        supervisor.tell(ground.task(launch, group))
+        return supervisor.main(ground.boot_id)
+
+
+def revive(
+    launch: Launch,
+    files: TreeFiles,
+    ground: Ground,
+    bring_back: Callable[[Identity], int],
+    **how: object,
+) -> Identity:
+    """Makes fresh namespaces, has ``bring_back`` fill them and takes the result for a tree. Blocks for all of it.
+
+    ``bring_back`` gets the identity of the init and returns the pid that the main process has inside. After an error,
+    its own or ours, nothing runs and no file is left. ``how``: see ``supervisor_start.Task``.
+    """
+    files.discard_stale()
+    lock_fd = files.create()
+    group = ground.groups.path_for(launch.tree_id)
     try:
-        with open(files.path / "supervisor.log", "xb", opener=_private) as log:
-            command = [sys.executable, "-I", "-S", "-X", "utf8", str(_SUPERVISOR)]
-            child = subprocess.Popen(
-                [*command, launch.name, str(files.path), str(lock_fd), str(report_write)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env={},
-                cwd="/",
-                pass_fds=(lock_fd, report_write),
-            )
-        os.close(report_write)
-        report_write = -1
-        # Ends as soon as the supervisor has forked itself away from us.
-        child.communicate(marshal.dumps(task), timeout=_START_TIMEOUT_S)
-        report = _read_all(report_read, deadline)
-    except (subprocess.TimeoutExpired, TimeoutError):
-        abandon(files)
-        raise errors.DeadlineExceeded(
-            f"starting {launch.name} took more than {_START_TIMEOUT_S:.0f} s and was given up; "
-            "does its directory or its program lie on a file system that hangs?"
-        ) from None
+        files.write_launch(launch, group)
+        joined = group if group is not None and cgroups.create(group) else None
+        with _Supervisor(launch, files, lock_fd) as supervisor:
+            supervisor.tell(ground.task(launch, joined, revive=True, **how), and_wait=True)
+            init = supervisor.init(ground.boot_id)
+            supervisor.go(bring_back(init))
+            return supervisor.main(ground.boot_id)
+    except BaseException as error:
+        end(files)
+        if group is not None:
+            cgroups.remove(group)
+        shutil.rmtree(files.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _system_error(launch, error.errno, str(error)) from error
+        raise
     finally:
-        os.close(report_read)
-        if report_write >= 0:
+        os.close(lock_fd)
+
+
+def end(files: TreeFiles) -> bool:
+    """SIGKILL to the init of an isolated tree, and so to all of it. Waits; whether nothing of it is left."""
+    init, main = files.supervisor(), files.main()
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while time.monotonic() < deadline:
+        left = [i for i in (init, main) if i is not None and _is_there(i)]
+        if not left:
+            return True
+        for identity in left:
+            with contextlib.suppress(OSError):
+                send_signal(identity.pid, identity.start_ticks, signal.SIGKILL)
+        time.sleep(0.005)
+    return False
+
+
+def _is_there(identity: Identity) -> bool:
+    """Whether a process still has anything; its parent may not have looked at its end yet."""
+    stat = proc.read_stat(identity.pid)
+    return stat is not None and stat.start_ticks == identity.start_ticks and stat.is_alive
+
+
+class _Supervisor:
+    """A new supervisor, from its start until it has said how things went. Use it as a context."""
+
+    def __init__(self, launch: Launch, files: TreeFiles, lock_fd: int) -> None:
+        self._launch = launch
+        self._files = files
+        self._deadline = time.monotonic() + _START_TIMEOUT_S
+        self._report, report_write = os.pipe()
+        try:
+            with open(files.path / "supervisor.log", "xb", opener=_private) as log:
+                command = [sys.executable, "-I", "-S", "-X", "utf8", str(_SUPERVISOR)]
+                self._child = subprocess.Popen(
+                    [*command, launch.name, str(files.path), str(lock_fd), str(report_write)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    env={},
+                    cwd="/",
+                    pass_fds=(lock_fd, report_write),
+                )
+        except BaseException:
+            os.close(self._report)
+            raise
+        finally:
             os.close(report_write)
-    return _understand(report, launch, files, boot_id)
+
+    def __enter__(self) -> _Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._report)
+        self._hang_up()
+
+    def tell(self, task: dict[str, Any], *, and_wait: bool = False) -> None:
+        """Hands the task over; ends as soon as the supervisor has forked itself away from us."""
+        assert self._child.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.write(marshal.dumps(task))
+                self._child.stdin.flush()
+            if not and_wait:
+                self._hang_up()
+            self._child.wait(_START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise self._hangs() from None
+
+    def init(self, boot_id: str) -> Identity:
+        """The identity of the supervisor itself, which waits for ``go``."""
+        return _understand(self._read(to_end=False), self._launch, self._files, boot_id)
+
+    def go(self, main_pid: int) -> None:
+        """What was to come back is there."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the report says why
+            self._child.stdin.write(str(main_pid).encode())
+            self._child.stdin.flush()
+        self._hang_up()
+        self._deadline = time.monotonic() + _START_TIMEOUT_S
+
+    def main(self, boot_id: str) -> Identity:
+        """The identity of the main process. Raises what the start failed by."""
+        return _understand(self._read(to_end=True), self._launch, self._files, boot_id)
+
+    def _hang_up(self) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+
+    def _read(self, *, to_end: bool) -> bytes:
+        try:
+            return _read_report(self._report, self._deadline, to_end=to_end)
+        except TimeoutError:
+            raise self._hangs() from None
+
+    def _hangs(self) -> errors.DeadlineExceeded:
+        abandon(self._files)
+        return errors.DeadlineExceeded(
+            f"starting {self._launch.name} took more than {_START_TIMEOUT_S:.0f} s and was given up; "
+            "does its directory or its program lie on a file system that hangs?"
+        )
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _read_all(fd: int, deadline: float) -> bytes:
-    """Up to the end of the file. Raises TimeoutError."""
+def _read_report(fd: int, deadline: float, *, to_end: bool) -> bytes:
+    """One report, or all up to the end of the file. Raises TimeoutError."""
     poll = select.poll()  # select() cannot do descriptors above 1023
     poll.register(fd, select.POLLIN)
     parts: list[bytes] = []
     while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
         part = os.read(fd, 65536)
-        if not part:
-            return b"".join(parts)
         parts.append(part)
+        if not part or not to_end:  # a report is one write, short enough to be whole
+            return b"".join(parts)
     raise TimeoutError
 
 
@@ -153,6 +317,12 @@ def _start_error(launch: Launch, stage: str, number: int, text: str) -> errors.G
     if stage == "user" and number == errno.EPERM:
         return errors.PermissionDenied(
             f"the daemon runs as uid {os.geteuid()} and cannot start processes of uid {launch.uid}",
+            details,
+        )
+    if stage == "isolation":
+        return errors.Unsupported(
+            f"cannot give {launch.name} namespaces of its own: {reason}; "
+            f"run it without: gpusched run --no-isolate ...",
             details,
         )
     if stage == "log":

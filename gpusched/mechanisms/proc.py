@@ -89,13 +89,27 @@ def ruid(pid: int) -> int | None:
     return _status_field(pid, b"Uid:")
 
 
+def inner_pid(pid: int) -> int | None:
+    """The pid that a process has in its own (innermost) PID namespace. None when there is no such process."""
+    try:
+        return int(_status_line(pid, b"NSpid:").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _status_field(pid: int, name: bytes) -> int | None:
     """The first number of a line of /proc/PID/status."""
     try:
-        text = _read(f"/proc/{pid}/status")
-        return int(text[text.index(b"\n" + name) + len(name) + 1 :].split(None, 1)[0])
+        return int(_status_line(pid, name).split(None, 1)[0])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _status_line(pid: int, name: bytes) -> bytes:
+    """What follows the name in /proc/PID/status. Raises OSError, ValueError."""
+    text = _read(f"/proc/{pid}/status")
+    begin = text.index(b"\n" + name) + len(name) + 1
+    return text[begin : text.index(b"\n", begin)]
 
 
 def waits_in_vfork(pid: int) -> bool:
@@ -150,6 +164,11 @@ class Table:
         return found
 
 
+def all_pids() -> list[int]:
+    # names, not hundreds of Path objects
+    return [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]  # noqa: PTH208
+
+
 def scan() -> Table:
     """Looks at all processes: 11 us each.
 
@@ -158,9 +177,7 @@ def scan() -> Table:
     """
     table: dict[int, Stat] = {}
     for _ in range(_MAX_PASSES):
-        # names, not hundreds of Path objects
-        pids = [int(name) for name in os.listdir("/proc") if name[0] in "123456789"]  # noqa: PTH208
-        born = [stat for pid in pids if pid not in table and (stat := read_stat(pid))]
+        born = [stat for pid in all_pids() if pid not in table and (stat := read_stat(pid))]
         if not born:
             break
         table.update((stat.pid, stat) for stat in born)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class TreeFiles:
         fd = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd
+
+    def discard_stale(self) -> None:
+        """Removes what an earlier life of the tree left, if nobody lives there any more. Never raises."""
+        if self.path.exists() and not self.is_supervised():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def write_launch(self, launch: Launch, group: Path | None) -> None:
         """Raises OSError when the disk is full."""

@@ -46,7 +46,10 @@ _MANY = 100
 class TreeKeeper:
     """``ports.Trees`` for one state directory, on one event loop."""
 
-    def __init__(self, state_dir: Path, *, with_groups: bool = True) -> None:
+    def __init__(
+        self, state_dir: Path, *, with_groups: bool = True, binds: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """``binds``: see ``launching.Ground``."""
         self._root = state_dir / "trees"
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot_id = proc.boot_id()
@@ -54,6 +57,7 @@ class TreeKeeper:
         self._lists_children = proc.lists_children()
         # What the last look at each tree found, and when; only of trees that have a control group.
         self._looks: dict[str, tuple[float, dict[int, proc.Stat]]] = {}
+        self._ground = launching.Ground(groups=self._groups, boot_id=self._boot_id, binds=binds)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="trees")
         self._starts = ThreadPoolExecutor(max_workers=_STARTS, thread_name_prefix="starts")
         self._turns: dict[int, asyncio.Semaphore] = {}
@@ -79,7 +83,7 @@ class TreeKeeper:
         turns = self._turns.setdefault(launch.uid, asyncio.Semaphore(_STARTS_PER_UID))
         async with turns:
             return await loop.run_in_executor(
-                self._starts, launching.start, launch, files, self._groups, self._boot_id
+                self._starts, launching.start, launch, files, self._ground
             )
 
     async def wait_exit(self, tree_id: str, main: Identity) -> ExitStatus:
@@ -129,6 +133,46 @@ class TreeKeeper:
         """How a launched tree's main process ended; None while it runs, and when nobody recorded it."""
         return self._files(tree_id).exit_status()
 
+    def revive(
+        self, launch: Launch, bring_back: Callable[[Identity], int], **how: object
+    ) -> Identity:
+        """Blocks; for the disk tier's threads. See ``launching.revive``. Raises AlreadyExists for a tree that lives."""
+        files = self._files(launch.tree_id)
+        self._ties.pop(launch.tree_id, None)
+        try:
+            return launching.revive(launch, files, self._ground, bring_back, **how)
+        except FileExistsError:
+            raise errors.AlreadyExists(f"tree {launch.tree_id} exists already") from None
+        finally:
+            self._ties.pop(launch.tree_id, None)
+
+    def launch_of(self, tree_id: str) -> Launch | None:
+        """How a tree was started; None where that is not recorded."""
+        return self._files(tree_id).launch()
+
+    def inits(self) -> list[Identity]:
+        """The supervisors of all trees that there are."""
+        files = (TreeFiles(path) for path in self._root.iterdir())
+        return [init for each in files if (init := each.supervisor()) is not None]
+
+    def init_of(self, tree_id: str) -> Identity | None:
+        """The supervisor of a tree, which is the init of an isolated one."""
+        return self._tie(tree_id)[0]
+
+    def own_directories(self, tree_id: str) -> list[Path]:
+        """What lies outside the tree's directory and is its alone."""
+        return self._ground.own_directories(tree_id)
+
+    async def end(self, tree_id: str, main: Identity | None) -> None:
+        """See ``ports.Trees``."""
+        files = self._files(tree_id)
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(self._threads, launching.end, files):
+            pid = main.pid if main else "?"
+            raise errors.DriverError(
+                f"pid {pid} did not end after SIGKILL: the kernel still holds it, see dmesg"
+            )
+
     async def forget(self, tree_id: str) -> None:
         files = self._files(tree_id)
         _, group = self._tie(tree_id)
@@ -136,9 +180,15 @@ class TreeKeeper:
         self._looks.pop(tree_id, None)
         if group is not None:
             cgroups.remove(group)
-        await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: shutil.rmtree(files.path, ignore_errors=True)
-        )
+
+        def remove() -> None:
+            for path in (
+                *self._ground.own_directories(tree_id),
+                files.path,
+            ):  # what leads to the rest goes last
+                shutil.rmtree(path, ignore_errors=True)
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, remove)
 
     # -- recovery ---------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 #: A process's name: also a file name below the log directory, so nothing else may get through.
+MAX_NAME = 64
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -32,6 +33,7 @@ class Run(Struct, frozen=True, kw_only=True):
     gpus: Annotated[list[GpuIndex], Meta(min_length=1, max_length=64)] | None = None
     env: dict[str, str] | None = None
     evictable: bool = False
+    isolate: bool | None = None
 
 
 class Adopt(Struct, frozen=True, kw_only=True):
@@ -90,12 +92,22 @@ class Release(Struct, frozen=True, kw_only=True):
 
 class Hibernate(Struct, frozen=True, kw_only=True):
     name: Name
+    force: bool = False
 
 
 class Fork(Struct, frozen=True, kw_only=True):
     name: Name
     copies: Annotated[int, Meta(ge=1, le=256)] = 2
-    gpus: list[GpuIndex] | None = None
+    gpus: Annotated[list[GpuIndex], Meta(min_length=1, max_length=64)] | None = None
+    force: bool = False
+
+
+class VerifySnapshot(Struct, frozen=True, kw_only=True):
+    name: Name
+
+
+class DeleteSnapshot(Struct, frozen=True, kw_only=True):
+    name: Name
 
 
 class Logs(Struct, frozen=True, kw_only=True):

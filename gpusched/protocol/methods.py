@@ -119,13 +119,34 @@ METHODS: Final = MappingProxyType(
             params=m.Hibernate,
             result=types.FreezeResult,
             access=Access.OWNER,
-            doc="Not available yet: answers `unsupported`.",
+            idempotent=True,
+            doc="Move a process to disk; it gives up its VRAM and its host RAM. `thaw` brings it back.",
         ),
         "fork": Method(
             params=m.Fork,
             result=types.ForkResult,
             access=Access.OWNER,
-            doc="Not available yet: answers `unsupported`.",
+            doc="Make running copies of a process from one snapshot; it goes on as it was.",
+        ),
+        "snapshots": Method(
+            params=m.NoParams,
+            result=types.SnapshotsResult,
+            access=Access.ANYONE,
+            idempotent=True,
+            doc="The snapshots on disk of the caller's processes.",
+        ),
+        "verify_snapshot": Method(
+            params=m.VerifySnapshot,
+            result=types.SnapshotResult,
+            access=Access.OWNER,
+            idempotent=True,
+            doc="Read all of a process's snapshot and compare it with its checksums.",
+        ),
+        "delete_snapshot": Method(
+            params=m.DeleteSnapshot,
+            result=types.SnapshotResult,
+            access=Access.OWNER,
+            doc="Delete a snapshot that its process, which lives, does not need any more.",
         ),
     }
 )

@@ -173,6 +173,8 @@ class UnixServer:
                 return False
             if name == "status":
                 result: Any = await self._engine.status()
+            elif name == "snapshots":
+                result = self._engine.snapshots(caller)
             else:
                 result = await self._engine.submit(name, params, caller)
         except errors.GpuschedError as error:

@@ -17,21 +17,15 @@ import contextlib
 import fcntl
 import mmap
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from gpusched.mechanisms.sim.layout import (
-    ENV_DIR,
-    MAX_ALLOCATIONS,
-    Allocation,
-    Control,
-    SimDirectory,
-    Word,
-    read_stat,
-)
+from gpusched.mechanisms.sim.control import MAX_ALLOCATIONS, Allocation, Control, Word, read_stat
+from gpusched.mechanisms.sim.layout import ENV_DIR, FRESH, SimDirectory
 from gpusched.ports import Gpu
 from gpusched.units import format_size
 
@@ -73,8 +67,9 @@ class Session:
         self._table_lock = threading.Lock()
         self._table: list[Allocation] = []
         self._next_number = 1
-        self._directory = sim.directory_of(*self._identity)
+        self._directory = sim.procs / f"{self._pid}-{own.start_ticks}"
         self._control = self._create_files()
+        sim.is_self(self._directory, self._control, self._identity)
 
     @property
     def devices(self) -> tuple[Gpu, ...]:
@@ -151,18 +146,17 @@ class Session:
 
     def _create_files(self) -> Control:
         # This very process may have been here before: exec keeps pid and start time, and drops the mappings.
-        if self._directory.exists():
-            for path in self._directory.iterdir():
-                path.unlink()
-        else:
-            self._directory.mkdir(mode=0o755)
-            self._directory.chmod(0o755)
-        (self._directory / "gate").touch(mode=0o600)
-        # Last, under another name first: a process without a whole control file has no state.
-        fresh = self._directory / "control.new"
-        control = Control.create(fresh, len(self._sim.gpus))
-        fresh.chmod(0o644)
-        fresh.rename(self._directory / "control")
+        shutil.rmtree(self._directory, ignore_errors=True)
+        # Under another name until it is whole and claimed: what nobody has claimed is cleared away.
+        fresh = self._directory.with_name(f"{FRESH}{self._directory.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(mode=0o755)
+        fresh.chmod(0o755)
+        (fresh / "gate").touch(mode=0o600)
+        control = Control.create(fresh / "control", len(self._sim.gpus))
+        (fresh / "control").chmod(0o644)
+        control.claim()
+        fresh.rename(self._directory)
         return control
 
     def _path(self, entry: Allocation) -> Path:

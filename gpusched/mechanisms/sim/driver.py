@@ -7,6 +7,8 @@ directory tidies up. See ``layout.py`` for the files, ``script.py`` for failures
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,18 +22,17 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.mechanisms.sim import moving
-from gpusched.mechanisms.sim.layout import (
+from gpusched.mechanisms.sim.control import (
     MAX_GPUS,
     Record,
-    SimDirectory,
     Word,
     Work,
-    bytes_by_gpu,
     flocked,
     is_alive,
     parse_key,
     read_stat,
 )
+from gpusched.mechanisms.sim.layout import FRESH, SimDirectory, bytes_by_gpu
 from gpusched.mechanisms.sim.script import Script, When
 from gpusched.mechanisms.sim.target import Target, os_errors
 from gpusched.ports import Description, DriverState, Gpu, GpuMemory, Obstacle, Usage
@@ -238,8 +239,7 @@ class SimDriver:
             target.control.begin_work(Work.RESTORING, self._worker)
 
     def _state(self, pid: int) -> DriverState:
-        found = read_stat(pid)
-        record = self._sim.record(pid, found.start_ticks) if found is not None else None
+        record = self._sim.record(pid)
         if record is None:
             return DriverState.NONE
         return _STATES[record.word] if record.work is Work.NONE else DriverState.CHANGING
@@ -281,14 +281,38 @@ class SimDriver:
             pass  # gone meanwhile, or another driver is at work: then the rest is that one's to drop
 
     def _collect(self) -> None:
-        """Removes the files of dead processes; truncated first, since a forked child may still have them mapped."""
-        for folder in (self._sim.procs, self._sim.saved):
-            for name in os.listdir(folder):  # noqa: PTH208 - names are all that is wanted
-                key = parse_key(name)
-                if key is not None and not is_alive(*key):
-                    if folder == self._sim.procs:
+        """Removes the files of dead processes; truncated first, since a forked child may still have them mapped.
+
+        A process that is being brought back from disk comes after its files: its tree is left alone until then.
+        """
+        self._collect_in(self._sim.path)
+        for tree in self._sim.trees():
+            with contextlib.suppress(OSError):
+                fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._collect_in(tree)
+                finally:
+                    os.close(fd)
+
+    def _collect_in(self, directory: Path) -> None:
+        for folder in (directory / "procs", directory / "saved"):
+            for name in os.listdir(folder) if folder.exists() else ():  # noqa: PTH208
+                if not self._is_used(directory, name):
+                    if folder.name == "procs":
                         moving.truncate_all(folder / name)
                     shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _is_used(self, directory: Path, name: str) -> bool:
+        """Whether the process of that name is there. One that is being set up in a tree of its own counts: the tree's
+        end takes what is left of it.
+        """
+        key = parse_key(name.removeprefix(FRESH))
+        if key is None or self._sim.is_alive(directory / "procs" / name):
+            return True
+        if name.startswith(FRESH):
+            return directory != self._sim.path or is_alive(*key)
+        return False
 
 
 def _gpu(directory: Path, index: int, vram_bytes: int) -> Gpu:
@@ -308,7 +332,7 @@ def _create_directory(directory: Path) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise errors.PermissionDenied(f"{directory} is not a directory of this user's")
     directory.chmod(0o755)
-    for name, mode in (("procs", 0o1777), ("saved", 0o700)):
+    for name, mode in (("procs", 0o1777), ("saved", 0o700), ("trees", 0o755), ("host", 0o755)):
         (directory / name).mkdir(exist_ok=True)
         (directory / name).chmod(mode)
     lock = directory / "capacity.lock"

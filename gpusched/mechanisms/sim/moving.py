@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpusched.mechanisms.sim.layout import Allocation, open_plain
+from gpusched.mechanisms.sim.control import Allocation, open_plain
 
 
 def save(dir_fd: int, saved_fd: int, allocations: Sequence[Allocation]) -> None:

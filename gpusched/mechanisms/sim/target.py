@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Final
 
 from gpusched import errors
-from gpusched.mechanisms.sim.layout import (
+from gpusched.mechanisms.sim.control import (
     Control,
     Record,
-    SimDirectory,
     Work,
     flocked,
     is_alive,
     open_plain,
     read_stat,
 )
+from gpusched.mechanisms.sim.layout import SimDirectory
 
 #: Calls of a locked process are over already, unless the driver that locked it was killed before it knew.
 _DRAIN_WAIT_S: Final = 5.0
@@ -33,7 +33,9 @@ class Target:
         self.pid = pid
         found = read_stat(pid)
         self._start_ticks = found.start_ticks if found else 0
-        path = sim.directory_of(pid, self._start_ticks)
+        path = sim.find(pid)
+        if path is None:
+            raise self.error("NOT_INITIALIZED", "it uses no simulated GPU, or is gone")
         try:
             self.dir_fd = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -45,7 +47,8 @@ class Target:
         stack.callback(self.control.close)
         self.gate_fd = open_plain("gate", os.O_RDWR, self.dir_fd)
         stack.callback(os.close, self.gate_fd)
-        saved = sim.saved / path.name
+        saved = sim.saved_of(path)
+        saved.parent.mkdir(mode=0o700, exist_ok=True)
         saved.mkdir(mode=0o700, exist_ok=True)
         self.saved_fd = os.open(saved, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         stack.callback(os.close, self.saved_fd)

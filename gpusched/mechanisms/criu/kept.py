@@ -1,0 +1,196 @@
+"""Copies of the programs and libraries that saved processes have mapped: an upgrade must not strand an image.
+
+Covers: keeping them in an image where that is cheap (hard link, reflink, small copies), and showing them to CRIU in
+the place of what is there now, for as long as the restore takes. Blocking; root only.
+
+Only until the processes are back, while they are all stopped: afterwards they have the old files mapped, and nobody in
+their namespaces can start a set-user-id program with libraries that were replaced for a reason. Only what is there
+under its old name can be covered; a file that is gone blocks the restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Final
+
+import msgspec
+
+from gpusched import errors
+from gpusched.mechanisms.criu import system
+from gpusched.mechanisms.criu.image import KEPT, Draft, Image
+from gpusched.mechanisms.criu.inside import RESOLVE_NO_SYMLINKS, Inside
+from gpusched.mechanisms.criu.manifest import UsedFile, is_same
+from gpusched.mechanisms.criu.parts import understood
+from gpusched.mechanisms.criu.system import Seen
+from gpusched.units import MIB
+
+#: Where neither a link nor a reflink is possible, so much is copied: of one file, and of all.
+_COPY_FILE_BYTES: Final = 32 * MIB
+_COPY_ALL_BYTES: Final = 128 * MIB
+_FICLONE: Final = 0x40049409
+_MOUNT_TIMEOUT_S: Final = 10.0
+
+
+def keep(draft: Draft, inside: Inside, used: Sequence[UsedFile]) -> tuple[UsedFile, ...]:
+    """Puts the mapped programs and libraries into the draft; returns all files, those kept with their name in it.
+
+    What cannot be kept cheaply is left out without a word. Raises InsufficientDisk, Unavailable.
+    """
+    found, room = [], _COPY_ALL_BYTES
+    with understood(draft.root), _directory(draft) as directory:
+        for number, file in enumerate(used):
+            name = str(number)
+            copied = None
+            if file.mapped and file.stamp.elf and not file.writable:
+                copied = _keep_one(inside, file, directory, name, room)
+            room -= copied or 0
+            found.append(file if copied is None else msgspec.structs.replace(file, kept=name))
+        os.fsync(directory)
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _directory(draft: Draft) -> Iterator[int]:
+    os.mkdir(KEPT, 0o700, dir_fd=draft.fd)
+    fd = os.open(KEPT, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=draft.fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _keep_one(inside: Inside, file: UsedFile, directory: int, name: str, room: int) -> int | None:
+    """Returns the bytes that were copied; None where it was not kept."""
+    try:
+        seen = inside.open(file.path, os.O_PATH | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(seen).st_mode & 0o6000:  # nothing that would give anybody rights is kept alive
+            return None
+        if _link(file.path, seen, directory, name):
+            return 0
+        return _copy(seen, directory, name, min(room, _COPY_FILE_BYTES))
+    finally:
+        os.close(seen)
+
+
+def _link(path: str, seen: int, directory: int, name: str) -> bool:
+    """A link must be made within one mount, so the file is looked for in ours, where it has the same name."""
+    with contextlib.suppress(OSError):
+        ours = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.path.samestat(os.fstat(ours), os.fstat(seen)):
+                os.link(f"/proc/self/fd/{ours}", name, dst_dir_fd=directory)
+                return True
+        finally:
+            os.close(ours)
+    return False
+
+
+def _copy(seen: int, directory: int, name: str, room: int) -> int | None:
+    source = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(source).st_size
+        target = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=directory)
+        try:
+            copied = _clone(source, target, size, room)
+            about = os.fstat(source)
+            os.fchown(target, about.st_uid, about.st_gid)
+            os.fchmod(target, about.st_mode & 0o777)
+            os.utime(target, ns=(about.st_atime_ns, about.st_mtime_ns))
+            os.fsync(target)
+        finally:
+            os.close(target)
+        if copied is None:
+            os.unlink(name, dir_fd=directory)
+        return copied
+    finally:
+        os.close(source)
+
+
+def _clone(source: int, target: int, size: int, room: int) -> int | None:
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(target, _FICLONE, source)
+        return 0
+    if size > room:
+        return None
+    done = 0
+    while count := os.copy_file_range(source, target, size - done) if done < size else 0:
+        done += count
+    return done if done == size else None
+
+
+# -- in the place of what is there now ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def covering(
+    image: Image, inside: Inside, now: Mapping[str, Seen | None]
+) -> Iterator[dict[str, Seen]]:
+    """Around a restore: the kept files lie over those that have changed; gives what is seen there then.
+
+    ``now``: the used files as they are (``system.look``). Everybody inside must be stopped when the block ends.
+    Raises CriuError when a kept file is damaged or cannot be laid over; then nothing is covered.
+    """
+    with contextlib.ExitStack() as stack:
+        covered: dict[str, Seen] = {}
+        for file in image.manifest.used:
+            seen = now.get(file.path)
+            if file.kept is not None and seen is not None and not is_same(file.stamp, seen.stamp):
+                covered[file.path] = _cover(image, inside, file)
+                stack.callback(_uncover, inside, file.path)
+        yield covered
+
+
+def _cover(image: Image, inside: Inside, file: UsedFile) -> Seen:
+    assert file.kept is not None
+    with contextlib.ExitStack() as fds:
+        try:
+            kept = inside.open(f"{image.path}/{KEPT}/{file.kept}", os.O_PATH | os.O_NOFOLLOW)
+            fds.callback(os.close, kept)
+            seen = system.see(os.dup(kept))
+            # A link in the way would lead to any place.
+            target = inside.open(file.path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
+            fds.callback(os.close, target)
+        except OSError as error:
+            raise _failed(file.path, str(error)) from error
+        if seen is None or not is_same(file.stamp, seen.stamp):
+            raise _failed(file.path, "it is damaged")
+        bind = ["mount", "--no-canonicalize", "--bind"]
+        paths = [f"/proc/self/fd/{kept}", f"/proc/self/fd/{target}"]
+        _mount(inside, [*bind, *paths], (kept, target), file.path)
+    return seen
+
+
+def _uncover(inside: Inside, path: str) -> None:
+    top = inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
+    try:
+        argv = ["umount", "--no-canonicalize", "--lazy", f"/proc/self/fd/{top}"]
+        _mount(inside, argv, (top,), path)
+    finally:
+        os.close(top)
+
+
+def _mount(inside: Inside, argv: list[str], fds: tuple[int, ...], path: str) -> None:
+    with open(os.memfd_create("mount"), "w+b") as said:  # noqa: PTH123
+        running = inside.start(argv, output=said, pass_fds=fds)
+        try:
+            code = running.wait(_MOUNT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise _failed(path, f"{argv[0]} does not end") from None
+        if code != 0:
+            raise _failed(path, _text(said) or f"{argv[0]} ended with {code}")
+
+
+def _text(said: IO[bytes]) -> str:
+    return os.pread(said.fileno(), 4096, 0).decode(errors="replace").strip()
+
+
+def _failed(path: str, reason: str) -> errors.CriuError:
+    return errors.CriuError(f"the kept copy of {path} cannot be put into its place: {reason}")

@@ -1,0 +1,100 @@
+"""What restored processes hold must be what the saved ones held: checked before they run. Blocking; root only.
+
+CRIU opens files by their paths, as root, for processes of users. Between the dump and the restore a user may have put
+a symbolic link, or another file, in the place of one: then their process would have a file of root's open. What was
+opened cannot change any more, so it is compared after the restore, while everything is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from gpusched import errors
+from gpusched.mechanisms.criu import system
+from gpusched.mechanisms.criu.inside import Inside, Task
+
+_SHM: Final = "/dev/shm"  # noqa: S108
+#: File systems of the kernel's whose files ask who opens them, or hold nothing.
+_KERNELS: Final = ("/proc", "/sys")
+_MEMORY_DEVICES: Final = 1  # major number of null, zero, random, ...
+
+
+class _Held(NamedTuple):
+    pid: int
+    path: str
+    about: os.stat_result
+
+    @property
+    def has_lost_its_name(self) -> bool:
+        return self.path.endswith(" (deleted)")
+
+
+def check(
+    inside: Inside,
+    tasks: Iterable[Task],
+    allowed: Collection[tuple[int, int]],
+    unnamed: Collection[int],
+    name: str,
+) -> None:
+    """Raises CriuError when a process has a file open, mapped or as its directory that is not what it had.
+
+    ``allowed``: (device, inode) of files that were compared with the manifest, and of those that were given anew.
+    ``unnamed``: what ``unnamed_files`` found before. Beside those a process may have files in its tree's own
+    /dev/shm, files without any name, which came from the image, and what is the kernel's.
+    """
+    own = _devices(inside, (_SHM, *_KERNELS))
+    for held in _held(tasks):
+        about = held.about
+        if (about.st_dev, about.st_ino) in allowed or about.st_dev in own or about.st_nlink == 0:
+            continue
+        if stat.S_ISCHR(about.st_mode) and os.major(about.st_rdev) == _MEMORY_DEVICES:
+            continue
+        if held.has_lost_its_name and about.st_ino in unnamed:
+            continue
+        raise errors.CriuError(
+            f"{name} came back with {held.path} open, which is not what it had; something was put in the place of a "
+            "file of its, and it was ended before it ran",
+            {"path": held.path, "pid": held.pid},
+        )
+
+
+def unnamed_files(tasks: Iterable[Task]) -> tuple[int, ...]:
+    """Inodes of what processes have open or mapped by a name that is gone, while it has other names (hard links)."""
+    held = (one for one in _held(tasks) if one.has_lost_its_name and one.about.st_nlink)
+    return tuple(sorted({one.about.st_ino for one in held}))
+
+
+def _devices(inside: Inside, paths: Iterable[str]) -> set[int]:
+    """The devices of file systems, each the root of its own."""
+    found = set()
+    root = os.fstat(inside.root).st_dev
+    for path in paths:
+        with contextlib.suppress(OSError):
+            fd = inside.open(path, os.O_PATH | os.O_DIRECTORY)
+            found.add(os.fstat(fd).st_dev)
+            os.close(fd)
+    return found - {root}
+
+
+def _held(tasks: Iterable[Task]) -> Iterator[_Held]:
+    for task in tasks:
+        base = f"/proc/{task.pid}"
+        names = [f"fd/{name}" for name in os.listdir(f"{base}/fd")]  # noqa: PTH208
+        for name in (*names, "cwd", "root", "exe"):
+            path = os.readlink(f"{base}/{name}")  # noqa: PTH115
+            if path.startswith("/") and not (name == "root" and path == "/"):
+                yield _Held(task.pid, path, os.stat(f"{base}/{name}"))  # noqa: PTH116
+        seen = set()
+        for line in Path(f"{base}/maps").read_bytes().splitlines():
+            mapping = system.parse_mapping(line)
+            if mapping is None or (identity := tuple(line.split(None, 5)[3:])) in seen:
+                continue
+            seen.add(identity)
+            with contextlib.suppress(FileNotFoundError):  # a mapping of the kernel's own
+                link = f"{base}/map_files/{mapping.range}"
+                yield _Held(task.pid, mapping.path, os.stat(link))  # noqa: PTH116

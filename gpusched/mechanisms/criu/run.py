@@ -1,0 +1,284 @@
+"""Running CRIU in the namespaces of a tree: saving its processes and bringing them back. Blocking; root only.
+
+Covers: starting CRIU, its time limit, ending it for certain, and what its failures mean. Does not cover: making the
+image durable (``images.py``), what makes a tree impossible to save (``preflight.py``), fresh namespaces to restore
+into, the GPU.
+
+After a dump the processes are all stopped, and after a restore too: whoever called decides when they go on. The
+first process of the namespaces must not end while CRIU works there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Final
+
+from gpusched import errors
+from gpusched.mechanisms.criu import command, complaint
+from gpusched.mechanisms.criu.inside import Inside, Task, send
+from gpusched.mechanisms.criu.program import Program
+from gpusched.units import GIB, MIB, format_size
+
+#: The pid of every tree's main process in its namespace.
+MAIN_PID: Final = 1000
+GHOST_LIMIT_BYTES: Final = GIB
+#: The slowest disk that is waited for, and what is granted on top.
+_SLOWEST_BYTES_PER_S: Final = 32 * MIB
+_BASE_S: Final = 60.0
+_END_S: Final = 10.0
+_POLL_S: Final = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """One run of CRIU that succeeded. ``warnings`` are lines of its log, for ours."""
+
+    duration_s: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """The tree is back and stopped. ``main`` is its main process, ``tasks`` all of it."""
+
+    main: Task
+    tasks: tuple[Task, ...]
+    duration_s: float
+
+
+def time_limit_s(size_bytes: int) -> float:
+    """What a dump or restore of so much memory may take."""
+    return _BASE_S + size_bytes / _SLOWEST_BYTES_PER_S
+
+
+def dump(
+    program: Program,
+    inside: Inside,
+    images_fd: int,
+    *,
+    name: str,
+    timeout_s: float,
+    main_pid: int = MAIN_PID,
+    ghost_limit_bytes: int = GHOST_LIMIT_BYTES,
+) -> Done:
+    """Saves the tree below ``main_pid`` (as it is inside) into the directory ``images_fd``.
+
+    Afterwards all its processes are stopped and the files are complete, but not durable. Blocks for ``timeout_s`` and
+    20 s at most. Raises CriuError, InsufficientDisk, DeadlineExceeded, Unavailable (nsenter is missing): then every
+    process is as it was before, running or stopped, and no CRIU works on it; what is in the directory is worthless.
+    """
+    before = inside.tasks()
+    _remove_remaps(inside)
+    begun = time.monotonic()
+    try:
+        with _empty_directory() as plugins:
+            argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)
+            log = _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
+    except BaseException as error:
+        undo_dump(inside, before)
+        if isinstance(error, _Failed):
+            raise _dump_error(error, images_fd, name) from None
+        raise
+    return Done(duration_s=time.monotonic() - begun, warnings=_warnings(log))
+
+
+def restore(
+    program: Program,
+    inside: Inside,
+    images_fd: int,
+    *,
+    name: str,
+    timeout_s: float,
+    inherited: Mapping[str, int] | None = None,
+    main_pid: int = MAIN_PID,
+) -> Restored:
+    """Brings a tree back into fresh namespaces, stopped. Descriptors in ``inherited`` (path as dumped -> descriptor
+    that was opened inside, see ``inside.open_log``) take the place of files; closing ours is the caller's part.
+
+    Blocks for ``timeout_s`` and 20 s at most. Raises CriuError, DeadlineExceeded, Unavailable: then nothing of the
+    tree and no CRIU is left in the namespaces, and the image is as it was.
+    """
+    given = dict(inherited or {})
+    begun = time.monotonic()
+    try:
+        with _empty_directory() as plugins, _empty_directory() as work:
+            argv = command.restore(images_fd, work, plugins, inherited=given)
+            fds = (images_fd, plugins, work, *given.values())
+            _run(program, inside, argv, fds, timeout_s, name)
+        tasks = inside.tasks()
+        main = next((task for task in tasks if task.inner_pid == main_pid), None)
+        if main is None:
+            raise _Failed("", f"{name} ended while it was brought back")
+    except BaseException as error:
+        end_everybody(inside)
+        if isinstance(error, _Failed):
+            raise _error(error, name, "bring back") from None
+        raise
+    return Restored(main=main, tasks=tuple(tasks), duration_s=time.monotonic() - begun)
+
+
+# -- for recovery ---------------------------------------------------------------------------------
+
+
+def find_running_criu(program: Program, inside: Inside) -> list[int]:
+    """Host pids of CRIU at work in these namespaces, and of what leads it in; whoever started it."""
+    return inside.guests(program.executable)
+
+
+def end_running_criu(program: Program, inside: Inside, timeout_s: float = _END_S) -> None:
+    """Kills CRIU in these namespaces and waits until it is gone. The processes it worked on go on by themselves.
+
+    Raises DeadlineExceeded when something of it is still there after ``timeout_s``.
+    """
+    _end(lambda: find_running_criu(program, inside), timeout_s)
+
+
+def end_everybody(inside: Inside, timeout_s: float = _END_S) -> None:
+    """Kills all processes in the namespaces but the first one. Raises DeadlineExceeded when one does not end."""
+    _end(inside.everybody, timeout_s)
+
+
+def undo_dump(inside: Inside, before: Collection[Task]) -> None:
+    """After a dump that failed, or whose image was not kept: who was stopped ``before`` is stopped, all others go on.
+
+    Blocks for milliseconds. Before it, no CRIU may be left (``end_running_criu``).
+    """
+    stopped = {(task.pid, task.start_ticks) for task in before if task.is_stopped}
+    for task in inside.tasks():
+        is_stopped = (task.pid, task.start_ticks) in stopped
+        send(task.pid, task.start_ticks, signal.SIGSTOP if is_stopped else signal.SIGCONT)
+    _remove_remaps(inside)
+
+
+def resume(tasks: Collection[Task]) -> None:
+    """Lets restored (or dumped) processes go on."""
+    for task in tasks:
+        send(task.pid, task.start_ticks, signal.SIGCONT)
+
+
+# -- one run --------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """CRIU did not succeed: its log, and what is to be said where the log says nothing."""
+
+    def __init__(self, log: str, reason: str = "", timed_out: bool = False) -> None:
+        super().__init__(reason)
+        self.log, self.reason, self.timed_out = log, reason, timed_out
+
+
+def _run(
+    program: Program,
+    inside: Inside,
+    argv: Sequence[str],
+    fds: Sequence[int],
+    timeout_s: float,
+    name: str,
+) -> str:
+    """Returns the log. Whatever is raised, CRIU has ended."""
+    # In memory: the disk may be full, and that is when the log matters.
+    with open(os.memfd_create("criu-log"), "w+b") as log:  # noqa: PTH123
+        try:
+            running = inside.start([program.path, *argv], output=log, pass_fds=fds)
+        except OSError as error:
+            raise errors.Unavailable(
+                f"{argv[0]} of {name}: nsenter (util-linux) cannot be started: {error}"
+            ) from error
+        code: int | None = None
+        try:
+            code = running.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise _Failed(_text(log), f"CRIU took more than {timeout_s:.0f} s", True) from None
+        finally:
+            if code != 0:
+                end_running_criu(program, inside)
+                running.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running.wait(_END_S)
+        text = _text(log)
+    if code != 0:
+        killed = f"CRIU was ended by signal {-code}" if code < 0 else ""
+        raise _Failed(text, killed)
+    return text
+
+
+def _text(log: IO[bytes]) -> str:
+    fd = log.fileno()
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _empty_directory() -> Iterator[int]:
+    with tempfile.TemporaryDirectory(prefix="gpusched-criu-") as path:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _end(find: Callable[[], list[int]], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while pids := find():
+        if time.monotonic() > deadline:
+            raise errors.DeadlineExceeded(
+                f"processes {', '.join(map(str, pids))} were killed and have not ended within {timeout_s:g} s",
+                {"pids": pids},
+            )
+        for pid in pids:
+            send(pid, None, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+# -- what it means --------------------------------------------------------------------------------
+
+
+def _dump_error(failed: _Failed, images_fd: int, name: str) -> errors.GpuschedError:
+    disk = os.fstatvfs(images_fd)
+    free = disk.f_bavail * disk.f_frsize
+    if complaint.disk_is_full(failed.log) or free < MIB:
+        return errors.InsufficientDisk(
+            f"the disk for snapshots became full while {name} was saved ({format_size(free)} are free); "
+            "free some, or choose another with --disk-dir",
+            {"free_bytes": free, "criu_log": complaint.tail(failed.log)},
+        )
+    return _error(failed, name, "save")
+
+
+def _error(failed: _Failed, name: str, action: str) -> errors.GpuschedError:
+    details = {
+        "criu_log": complaint.tail(failed.log),
+        "errors": complaint.error_lines(failed.log)[:10],
+    }
+    if failed.timed_out:
+        return errors.DeadlineExceeded(f"could not {action} {name}: {failed.reason}", details)
+    if failed.reason:
+        return errors.CriuError(f"could not {action} {name}: {failed.reason}", details)
+    return errors.CriuError(complaint.explain(failed.log, name, action), details)
+
+
+def _warnings(log: str) -> tuple[str, ...]:
+    return tuple(line for line in log.splitlines() if "Warn" in line)[:20]
+
+
+def _remove_remaps(inside: Inside) -> None:
+    """A dump leaves names behind that it made for files without one (semaphores, in /dev/shm).
+
+    They belong to the image, and stand in the way of the next dump.
+    """
+    with contextlib.suppress(OSError):
+        directory = inside.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)  # noqa: S108
+        try:
+            for entry in os.listdir(directory):  # noqa: PTH208
+                if re.fullmatch(r"link_remap\.\d+", entry):
+                    os.unlink(entry, dir_fd=directory)
+        finally:
+            os.close(directory)

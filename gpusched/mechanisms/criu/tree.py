@@ -1,0 +1,164 @@
+"""A whole tree to an image and back: the steps of CRIU, of its files and of its checks in their order. Blocking.
+
+    saving:    dump, its /dev/shm, what it relies on, copies of its libraries; then ``Draft.commit``, and only then the
+               end of the original
+    bringing   what must be unchanged, kept libraries over changed ones, its /dev/shm, checksums, the restore, what the
+    back:      processes have open; then they may go on, and only after that ``ImageStore.delete``
+
+Does not cover: GPU state, and which namespaces. Root only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from gpusched import errors
+from gpusched.mechanisms.criu import kept, manifest, opened, run, system
+from gpusched.mechanisms.criu.image import Draft, Image
+from gpusched.mechanisms.criu.inside import Inside
+from gpusched.mechanisms.criu.manifest import Difference, Machine, UsedFile
+from gpusched.mechanisms.criu.program import Program
+from gpusched.mechanisms.criu.run import MAIN_PID, Restored
+from gpusched.mechanisms.criu.system import Seen
+
+SHM = "/dev/shm"  # noqa: S108 - this mount point, not a file in it
+_SHM_PART = "shm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A tree in a draft: how long CRIU took, and what the tree relies on beside the image."""
+
+    dump_s: float
+    used: tuple[UsedFile, ...]
+    unnamed: tuple[int, ...]
+
+
+def save(
+    program: Program,
+    inside: Inside,
+    draft: Draft,
+    *,
+    name: str,
+    timeout_s: float,
+    main_pid: int = MAIN_PID,
+) -> Saved:
+    """Puts a tree into a draft and leaves it stopped; what is returned goes into ``About``.
+
+    Raises what ``run.dump`` does: then every process is as it was before. When the commit fails after it, call
+    ``run.undo_dump``.
+    """
+    before = inside.tasks()
+    with draft.following():
+        done = run.dump(
+            program, inside, draft.criu_fd, name=name, timeout_s=timeout_s, main_pid=main_pid
+        )
+    try:
+        with _directory(inside, SHM) as shm:
+            draft.save_directory(_SHM_PART, shm)
+        tasks = inside.tasks()
+        unnamed = opened.unnamed_files(tasks)
+        used = kept.keep(draft, inside, system.used_files(inside, tasks))
+    except BaseException:
+        run.undo_dump(inside, before)
+        raise
+    return Saved(dump_s=done.duration_s, used=used, unnamed=unnamed)
+
+
+def differences(
+    image: Image, inside: Inside, now: Machine, replaced: Collection[str] = ()
+) -> list[Difference]:
+    """What has changed since the image was made (``manifest.compare``), as fresh namespaces see it. Changes nothing.
+
+    ``replaced``: paths that are given anew (the log).
+    """
+    seen = system.look(inside, (file.path for file in image.manifest.used))
+    stamps = {path: one.stamp if one else None for path, one in seen.items()}
+    return manifest.compare(image.manifest, now, stamps, replaced)
+
+
+def bring_back(
+    program: Program,
+    inside: Inside,
+    image: Image,
+    *,
+    name: str,
+    now: Machine,
+    timeout_s: float,
+    inherited: Mapping[str, int] | None = None,
+    main_pid: int = MAIN_PID,
+) -> Restored:
+    """Brings a tree back into fresh namespaces, verified and stopped; ``run.resume`` lets it go on.
+
+    ``inherited``: as for ``run.restore``. Raises CriuError (damaged, changed, or CRIU failed), DeadlineExceeded,
+    Unavailable: then nothing of it runs or is left in the namespaces, and the image is as it was.
+    """
+    given = dict(inherited or {})
+    seen = system.look(inside, (file.path for file in image.manifest.used))
+    stamps = {path: one.stamp if one else None for path, one in seen.items()}
+    changed = manifest.compare(image.manifest, now, stamps, given)
+    if blocking := [one.message for one in changed if one.blocks]:
+        raise errors.CriuError(
+            f"{name} cannot come back: {'; '.join(blocking)}", {"changes": blocking}
+        )
+    try:
+        with (
+            kept.covering(image, inside, seen) as covered,
+            _criu_directory(image) as images,
+            image.verifying(),
+        ):
+            with _directory(inside, SHM) as shm:
+                image.restore_directory(_SHM_PART, shm)
+            back = run.restore(
+                program,
+                inside,
+                images,
+                name=name,
+                timeout_s=timeout_s,
+                inherited=given,
+                main_pid=main_pid,
+            )
+            allowed = {one.identity for one in [*_known(image, seen), *covered.values()]}
+            allowed |= {_identity(fd) for fd in given.values()}
+            opened.check(inside, back.tasks, allowed, image.manifest.unnamed, name)
+    except BaseException:
+        run.end_everybody(inside)
+        raise
+    return back
+
+
+def _known(image: Image, seen: Mapping[str, Seen | None]) -> Iterator[Seen]:
+    """What is there and was compared: a file that has changed is not what a process may have."""
+    for file in image.manifest.used:
+        one = seen[file.path]
+        if one is not None and manifest.is_same(file.stamp, one.stamp):
+            yield one
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    about = os.fstat(fd)
+    return about.st_dev, about.st_ino
+
+
+@contextlib.contextmanager
+def _directory(inside: Inside, path: str) -> Iterator[int]:
+    try:
+        fd = inside.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise errors.Unavailable(f"{path} of the tree cannot be opened: {error}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _criu_directory(image: Image) -> Iterator[int]:
+    fd = image.open_criu()
+    try:
+        yield fd
+    finally:
+        os.close(fd)

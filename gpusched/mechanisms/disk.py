@@ -1,0 +1,339 @@
+"""The disk tier: isolated trees saved as images and brought back. Implements ``ports.Disk``.
+
+Covers: what belongs to a tree beside its processes (its /dev/shm, what a simulated GPU holds of it), the order of
+steps, and threads. Does not cover: CRIU, the store of images and what is in the way (``criu/``), fresh namespaces
+(``launching.py``), when anything is saved (the engine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from gpusched import errors
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.criu import manifest, preflight, run, system
+from gpusched.mechanisms.criu.image import About
+from gpusched.mechanisms.criu.image import Image as StoredImage
+from gpusched.mechanisms.criu.images import ImageStore, Listed
+from gpusched.mechanisms.criu.inside import Inside, open_log
+from gpusched.mechanisms.criu.program import Program
+from gpusched.mechanisms.namespaces import SHM
+from gpusched.mechanisms.trees import TreeKeeper
+from gpusched.ports import (
+    Clock,
+    Description,
+    DiskFacts,
+    DiskRoom,
+    Identity,
+    Image,
+    Launch,
+    Member,
+    Revival,
+    Saved,
+    Woken,
+)
+from gpusched.units import MIB
+
+T = TypeVar("T")
+_THREADS: Final = 8
+
+
+class NoDiskTier:
+    """A machine, or a daemon, that cannot save anything; ``reason`` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def close(self) -> None: ...
+
+    def why_not(self) -> str:
+        return self._reason
+
+    def room(self) -> DiskRoom:
+        return DiskRoom(used_bytes=0, free_bytes=0)
+
+    async def images(self) -> list[Image]:
+        return []
+
+    async def delete(self, image_id: str) -> None: ...
+
+    async def look(self, *_: object) -> DiskFacts:
+        raise errors.Unsupported(self._reason)
+
+    async def save(self, *_: object) -> Saved:
+        raise errors.Unsupported(self._reason)
+
+    async def changes(self, image_id: str) -> list[str]:
+        return [f"image {image_id} cannot be used: {self._reason}"]
+
+    async def wake(self, *_: object) -> Woken:
+        raise errors.Unsupported(self._reason)
+
+    async def verify(self, image_id: str) -> None:
+        raise errors.Unsupported(f"image {image_id}: {self._reason}")
+
+
+class DiskTier:
+    """Images in one directory, which belongs to this daemon alone."""
+
+    def __init__(
+        self, trees: TreeKeeper, clock: Clock, root: Path, program: Program, driver: Description
+    ) -> None:
+        """Raises what ``ImageStore`` raises."""
+        self._trees = trees
+        self._clock = clock
+        self._store = ImageStore(root)
+        self._program = program
+        self._driver = driver
+        self._sizes: dict[str, int] = {}
+        self._turns: dict[str, threading.Lock] = {}
+        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
+
+    def close(self) -> None:
+        """Lets go of the threads; what is under way goes on to its end."""
+        self._threads.shutdown(wait=False)
+
+    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def why_not(self) -> str:
+        return ""
+
+    def room(self) -> DiskRoom:
+        """See ``ports.Disk``. Microseconds: the sizes of images are known."""
+        try:
+            free = self._store.free_bytes()
+        except OSError:
+            free = 0
+        return DiskRoom(used_bytes=sum(self._sizes.values()), free_bytes=free)
+
+    async def look(
+        self, tree_id: str, main: Identity, members: Sequence[Member], record: Mapping[str, object]
+    ) -> DiskFacts:
+        return await self._do(
+            self._look, tree_id, bool(members) and all(m.stopped for m in members)
+        )
+
+    def _look(self, tree_id: str, is_frozen: bool) -> DiskFacts:
+        init, launch = self._whose(tree_id)
+        with _still_there(launch.name), Inside(init) as inside:
+            tasks = inside.tasks()
+            own = sum(_bytes_below(path) for path in self._trees.own_directories(tree_id))
+            return DiskFacts(
+                obstacles=tuple(preflight.obstacles(inside, launch.name, gpu_released=is_frozen)),
+                need_bytes=preflight.image_bytes(tasks) + own + MIB,
+                shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
+            )
+
+    def _whose(self, tree_id: str) -> tuple[Identity, Launch]:
+        init, launch = self._trees.init_of(tree_id), self._trees.launch_of(tree_id)
+        if init is None or launch is None:
+            raise errors.CriuError(f"{tree_id} has lost its init, so it cannot be saved")
+        return init, launch
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    async def save(
+        self,
+        image_id: str,
+        tree_id: str,
+        main: Identity,
+        members: Sequence[Member],
+        record: Mapping[str, object],
+    ) -> Saved:
+        facts = await self.look(tree_id, main, members, record)
+        saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
+        self._sizes[image_id] = saved.size_bytes
+        return saved
+
+    def _save(
+        self, image_id: str, tree_id: str, need_bytes: int, record: Mapping[str, object]
+    ) -> Saved:
+        init, launch = self._whose(tree_id)
+        with _still_there(launch.name), Inside(init) as inside:
+            tasks = inside.tasks()
+            pids = {task.pid: task.inner_pid for task in tasks}
+            vram = _vram_of(record)
+            about = About(
+                name=launch.name,
+                uid=launch.uid,
+                created_unix_s=self._clock.unix_s(),
+                machine=system.read_machine(self._program, self._driver if vram else None),
+                used=tuple(system.used_files(inside, tasks)),
+                vram_bytes=vram,
+                record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())},
+            )
+            with self._store.begin(image_id) as draft:
+                limit_s = run.time_limit_s(need_bytes)
+                with draft.following():
+                    run.dump(
+                        self._program, inside, draft.criu_fd, name=launch.name, timeout_s=limit_s
+                    )
+                for part, directory in self._parts(tree_id, inside):
+                    draft.save_directory(part, directory)
+                made = draft.commit(about)
+        return Saved(size_bytes=made.size_bytes, pids=pids)
+
+    def _parts(self, tree_id: str, inside: Inside) -> Iterator[tuple[str, int]]:
+        """What is the tree's beside its processes: names of parts of the image, and directories, open by turns."""
+        shm = inside.open(SHM, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield "shm", shm
+        finally:
+            os.close(shm)
+        for number, path in enumerate(self._trees.own_directories(tree_id)):
+            with _opened(path) as directory:
+                yield f"own-{number}", directory
+
+    # -- coming back ------------------------------------------------------------------------------
+
+    async def changes(self, image_id: str) -> list[str]:
+        return await self._do(self._changes, image_id)
+
+    def _changes(self, image_id: str) -> list[str]:
+        with self._store.open(image_id) as image:
+            then = image.manifest
+        now = system.read_machine(self._program, self._driver if then.vram_bytes else None)
+        stamps = system.stamps(file.path for file in then.used)
+        log_path = _launch_in(then).log_path
+        return [str(d) for d in manifest.compare(then, now, stamps, [log_path]) if d.blocks]
+
+    async def wake(self, image_id: str, revival: Revival) -> Woken:
+        return await self._do(self._wake, image_id, revival)
+
+    def _wake(self, image_id: str, revival: Revival) -> Woken:
+        with self._store.open(image_id) as image, self._awaited(revival.tree_id):
+            old = _launch_in(image.manifest)
+            launch = replace(
+                old, tree_id=revival.tree_id, name=revival.name, log_path=revival.log_path
+            )
+            main = self._trees.revive(
+                launch,
+                lambda init: self._bring_back(image, launch, init, old.log_path),
+                own_network=revival.own_network,
+                fresh_log=revival.fresh_log,
+            )
+        below = proc.scan().descendants({main.pid})
+        return Woken(main=main, pids={i: pid for pid in below if (i := proc.inner_pid(pid))})
+
+    def _bring_back(self, image: StoredImage, launch: Launch, init: Identity, old_log: str) -> int:
+        """Fills the fresh namespaces of ``init``; the pid of the main process inside."""
+        with contextlib.ExitStack() as stack:
+            inside = stack.enter_context(Inside(init))
+            inherited = {}
+            if old_log != os.devnull:
+                inherited[old_log] = open_log(inside, launch.log_path, launch.uid, launch.gid)
+                stack.callback(os.close, inherited[old_log])
+            files = image.open_criu()
+            stack.callback(os.close, files)
+            # One at a time: CRIU makes files without a name anew under the same names, in directories that are shared.
+            stack.enter_context(self._turns.setdefault(image.image_id, threading.Lock()))
+            stack.enter_context(image.verifying())
+            for part, directory in self._parts(launch.tree_id, inside):
+                image.restore_directory(part, directory)
+            restored = run.restore(
+                self._program,
+                inside,
+                files,
+                name=launch.name,
+                timeout_s=run.time_limit_s(image.manifest.size_bytes),
+                inherited=inherited,
+            )
+        return restored.main.inner_pid
+
+    @contextlib.contextmanager
+    def _awaited(self, tree_id: str) -> Iterator[None]:
+        """While processes come back, what lies there for them belongs to nobody that lives, and is kept."""
+        with contextlib.ExitStack() as stack:
+            for path in self._trees.own_directories(tree_id):
+                path.mkdir(mode=0o755, parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context(_opened(path)), fcntl.LOCK_SH)
+            yield
+
+    # -- images -----------------------------------------------------------------------------------
+
+    async def images(self) -> list[Image]:
+        found = await self._do(self._images)
+        self._sizes = {image.image_id: image.size_bytes for image in found}
+        return found
+
+    def _images(self) -> list[Image]:
+        for init in self._trees.inits():  # what an earlier daemon had set to work there
+            with contextlib.suppress(errors.NotFound, errors.Unsupported), Inside(init) as inside:
+                run.end_running_criu(self._program, inside)
+        self._store.collect()
+        return [_told(each) for each in self._store.images()]
+
+    async def verify(self, image_id: str) -> None:
+        await self._do(self._verify, image_id)
+
+    def _verify(self, image_id: str) -> None:
+        with self._store.open(image_id) as image:
+            image.verify()
+
+    async def delete(self, image_id: str) -> None:
+        with contextlib.suppress(errors.NotFound):
+            await self._do(self._store.delete, image_id)
+        self._sizes.pop(image_id, None)
+        self._turns.pop(image_id, None)
+
+
+def _told(listed: Listed) -> Image:
+    about = listed.manifest
+    if about is None:
+        size, problem = listed.disk_bytes, listed.problem
+        return Image(image_id=listed.image_id, size_bytes=size, problem=problem)
+    return Image(
+        image_id=listed.image_id,
+        size_bytes=about.size_bytes,
+        created_unix_s=about.created_unix_s,
+        record=about.record["engine"],
+        pids=dict(about.record["pids"]),
+    )
+
+
+def _launch_in(about: manifest.Manifest) -> Launch:
+    fields: dict[str, Any] = dict(about.record["launch"])
+    return Launch(**fields | {name: tuple(fields[name]) for name in ("argv", "groups")})
+
+
+def _vram_of(record: Mapping[str, object]) -> int:
+    process = record.get("proc")
+    held = process.get("vram") if isinstance(process, dict) else None
+    return sum(held.values()) if isinstance(held, dict) else 0
+
+
+def _bytes_below(directory: Path) -> int:
+    """What the files below take; holes take nothing."""
+    found = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            found += path.lstat().st_blocks * 512
+    return found
+
+
+@contextlib.contextmanager
+def _still_there(name: str) -> Iterator[None]:
+    """The namespaces of a tree end with its init, whatever we are doing there."""
+    try:
+        yield
+    except errors.NotFound as error:
+        raise errors.CriuError(f"{name} ended while it was saved: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,368 @@
+"""CRIU at work in the namespaces of a tree: saving, bringing back, and everything that can end it in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemons import ROOT, wait_until
+from gpusched import errors
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import tree as trees
+from gpusched.mechanisms.criu.images import ImageStore
+from gpusched.mechanisms.criu.inside import Inside, Task, open_log
+from gpusched.mechanisms.criu.program import Program
+from gpusched.ports import Identity
+from isolated import PYTHON, Isolated, about, bring_back, counting, isolated, save
+
+pytestmark = pytest.mark.criu
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ImageStore]:
+    store = ImageStore(tmp_path / "images")
+    yield store
+    store.close()
+
+
+# -- there and back -------------------------------------------------------------------------------
+
+
+def test_a_saved_process_stands_still_and_goes_on_elsewhere_with_its_memory(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with counting(tmp_path / "log") as tree, Inside(tree.init) as inside:
+        save(criu, tree, store)
+        assert [task.state for task in inside.tasks()] == ["T"]
+        at = tree.counts()[-1]
+        sums = tree.sums()
+    with isolated(tmp_path / "log2") as tree:
+        back = bring_back(criu, tree, store, tmp_path / "log")
+        assert back.main.inner_pid == run.MAIN_PID
+        assert proc.identify(back.main.pid).start_ticks == back.main.start_ticks
+        wait_until(lambda: len(tree.counts()) > 25, within_s=20, what="it counts on")
+        assert tree.counts()[0] in (at, at + 1)
+        assert tree.sums() == sums
+        # And once more, from where it is now.
+        store.delete("a")
+        save(criu, tree, store)
+    with isolated(tmp_path / "log3") as tree:
+        bring_back(criu, tree, store, tmp_path / "log2")
+        tree.wait_for_more(25)
+        assert tree.sums() == sums
+
+
+@pytest.mark.parametrize("fate", ["rotated", "vanished", "longer"])
+def test_whatever_became_of_the_log_it_goes_on_in_the_new_one(
+    fate: str, tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    log = tmp_path / "log"
+    with counting(log) as tree, Inside(tree.init) as inside, store.begin("a") as draft:
+        if fate == "vanished":
+            log.unlink()
+        saved = trees.save(criu, inside, draft, name="job", timeout_s=60)
+        draft.commit(about(criu, used=saved.used, unnamed=saved.unnamed))
+    if fate == "rotated":
+        log.rename(tmp_path / "log.1")
+        log.write_text("somebody else's\n")
+    if fate == "longer":
+        with log.open("a") as file:
+            file.write("0 more\n" * 100)
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(criu, tree, store, log)
+        tree.wait_for_more()
+    if fate == "rotated":
+        assert log.read_text() == "somebody else's\n"
+
+
+FAMILY = """
+import os, sys, threading, time
+names = [f"/dev/shm/part-{n}" for n in range(3)]
+def count(name):
+    with open(name, "a") as file:
+        while True:
+            file.write("x"); file.flush(); time.sleep(0.01)
+for name in names[1:]:
+    if os.fork() == 0:
+        os.setsid()
+        count(name)
+for _ in range(4):
+    threading.Thread(target=count, args=(names[0],), daemon=True).start()
+shared = open("/dev/shm/gone", "w+"); shared.write("kept"); shared.flush(); os.unlink("/dev/shm/gone")
+n = 0
+while True:
+    n += 1
+    shared.seek(0)
+    print(n, shared.read(), flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_a_tree_comes_back_whole_with_its_shared_memory(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with isolated(tmp_path / "log", [*PYTHON, "-c", FAMILY]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: len(inside.tasks()) == 3, within_s=10, what="all are there")
+        tree.wait_for_more()
+        pids = [task.inner_pid for task in inside.tasks()]
+        save(criu, tree, store)
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        back = bring_back(criu, tree, store, tmp_path / "log")
+        assert [task.inner_pid for task in back.tasks] == pids
+        sizes = [shm_file(tree, f"part-{n}").stat().st_size for n in range(3)]
+        assert all(sizes)
+        wait_until(
+            lambda: all(
+                shm_file(tree, f"part-{n}").stat().st_size > sizes[n] + 2 for n in range(3)
+            ),
+            within_s=10,
+            what="all of it goes on",
+        )
+        tree.wait_for_more()
+        assert tree.sums() == {"kept"}
+
+
+def shm_file(tree: Isolated, name: str) -> Path:
+    return Path(f"/proc/{tree.init.pid}/root/dev/shm/{name}")
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_dump_that_takes_too_long_is_ended_and_the_process_goes_on(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with counting(tmp_path / "log", mib=400) as tree, Inside(tree.init) as inside:
+        with store.begin("a") as draft, pytest.raises(errors.DeadlineExceeded, match="took more"):
+            run.dump(criu, inside, draft.criu_fd, name="job", timeout_s=0.1)
+        assert run.find_running_criu(criu, inside) == []
+        tree.wait_for_more()
+    assert store.images() == []
+
+
+def test_who_was_stopped_before_a_failed_dump_is_stopped_after_it(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with counting(tmp_path / "log", mib=400) as tree, Inside(tree.init) as inside:
+        (task,) = inside.tasks()
+        os.kill(task.pid, signal.SIGSTOP)
+        wait_until(lambda: inside.tasks()[0].is_stopped, within_s=5, what="it is stopped")
+        with store.begin("a") as draft, pytest.raises(errors.DeadlineExceeded):
+            run.dump(criu, inside, draft.criu_fd, name="job", timeout_s=0.1)
+        wait_until(lambda: inside.tasks()[0].is_stopped, within_s=5, what="it is stopped again")
+        at = tree.counts()[-1]
+        time.sleep(0.05)
+        assert tree.counts()[-1] == at
+        os.kill(task.pid, signal.SIGCONT)
+        tree.wait_for_more()
+
+
+def test_a_full_disk_in_the_middle_is_said_and_loses_nothing(tmp_path: Path, criu: Program) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M,mode=700", "tmpfs", disk], check=True)
+    try:
+        store = ImageStore(disk)
+        with counting(tmp_path / "log", mib=48) as tree, Inside(tree.init) as inside:
+            with (
+                pytest.raises(
+                    errors.InsufficientDisk, match="became full while job was saved"
+                ) as failed,
+                store.begin("a") as draft,
+            ):
+                trees.save(criu, inside, draft, name="job", timeout_s=60)
+            assert failed.value.details["free_bytes"] < 1 << 20
+            assert failed.value.details["criu_log"]
+            tree.wait_for_more(25)
+            assert len(tree.sums()) == 1
+        assert list(disk.iterdir()) == []
+        store.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_restore_that_fails_leaves_nobody_in_the_namespaces(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with counting(tmp_path / "log") as tree:
+        save(criu, tree, store)
+    (tmp_path / "images/a/criu/core-1000.img").write_bytes(b"\x13" * 300)
+    with isolated(tmp_path / "log2") as tree, store.open("a") as image, Inside(tree.init) as inside:
+        fd = image.open_criu()
+        with pytest.raises(errors.CriuError, match="could not bring back job") as failed:
+            run.restore(criu, inside, fd, name="job", timeout_s=30)
+        os.close(fd)
+        assert failed.value.details["errors"]
+        assert inside.everybody() == []
+        assert proc.read_stat(tree.init.pid) is not None
+
+
+def test_a_file_that_was_changed_is_named_and_no_restore_is_begun(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    script = "import sys, time\nheld = open(sys.argv[1])\nprint(1, flush=True)\ntime.sleep(99)"
+    (tmp_path / "data").write_text("x")
+    argv = [*PYTHON, "-c", script, str(tmp_path / "data")]
+    with isolated(tmp_path / "log", argv) as tree:
+        wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds the file")
+        save(criu, tree, store)
+    (tmp_path / "data").write_text("longer")
+    with (
+        isolated(tmp_path / "log2") as tree,
+        pytest.raises(
+            errors.CriuError, match="data is another file than when the process was saved"
+        ),
+    ):
+        bring_back(criu, tree, store, tmp_path / "log")
+
+
+# -- killed in the middle -------------------------------------------------------------------------
+
+
+def test_criu_killed_at_any_moment_leaves_the_process_running_and_no_image(
+    tmp_path: Path, store: ImageStore, criu: Program, soak: bool
+) -> None:
+    dice = random.Random(os.urandom(8))
+    killed, reasons = 0, set[str]()
+    with counting(tmp_path / "log", mib=64) as tree, Inside(tree.init) as inside:
+        for _ in range(100 if soak else 10):
+            delay = dice.uniform(0.0, 0.25)
+            killer = threading.Timer(delay, kill_criu, (criu, inside))
+            killer.start()
+            try:
+                save(criu, tree, store)
+            except errors.CriuError as error:
+                killed += 1
+                reasons.add(str(error))
+                assert store.images() == []
+            else:  # it was faster
+                store.open("a").verify()
+                store.delete("a")
+                run.undo_dump(inside, [])
+            finally:
+                killer.join()
+            assert store.used_bytes() == 0
+            assert run.find_running_criu(criu, inside) == []
+            tree.wait_for_more()
+        tree.wait_for_more(25)
+        assert len(tree.sums()) == 1
+    assert killed > 0
+    assert reasons == {"could not save job: CRIU was ended by signal 9"}
+
+
+def kill_criu(criu: Program, inside: Inside) -> None:
+    for pid in run.find_running_criu(criu, inside):
+        with contextlib.suppress(ProcessLookupError):
+            if proc.inner_pid(pid) != pid:  # nsenter is left, as when the OOM killer chooses
+                os.kill(pid, signal.SIGKILL)
+
+
+#: Saves as a daemon would, and is killed meanwhile.
+SAVER = """
+import sys
+from pathlib import Path
+from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import tree as trees
+from gpusched.mechanisms.criu.images import ImageStore
+from gpusched.mechanisms.criu.inside import Inside
+from gpusched.mechanisms.criu.program import Program
+from gpusched.ports import Identity
+criu = Program(path=sys.argv[1], version=(), executable=sys.argv[2])
+init = Identity(pid=int(sys.argv[3]), start_ticks=int(sys.argv[4]), boot_id="")
+with Inside(init) as inside, ImageStore(Path(sys.argv[5])).begin("a") as draft:
+    print("begin", flush=True)
+    run.dump(criu, inside, draft.criu_fd, name="job", timeout_s=60)
+"""
+
+
+def test_after_the_daemon_was_killed_the_next_one_ends_its_criu_and_nothing_is_lost(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    seen = 0
+    with counting(tmp_path / "log", mib=64) as tree, Inside(tree.init) as inside:
+        for delay in (0.01, 0.03, 0.06, 0.1):
+            saver = start_saver(criu, tree.init, store.root)
+            time.sleep(delay)
+            saver.kill()
+            saver.wait()
+            seen += bool(run.find_running_criu(criu, inside))
+            run.end_running_criu(criu, inside)
+            assert run.find_running_criu(criu, inside) == []
+            run.undo_dump(inside, [])
+            assert store.collect() == ["a.tmp"]
+            tree.wait_for_more()
+        tree.wait_for_more(25)
+        assert len(tree.sums()) == 1
+    assert seen > 0
+
+
+def start_saver(criu: Program, init: Identity, root: Path) -> subprocess.Popen[str]:
+    argv = [criu.path, criu.executable, str(init.pid), str(init.start_ticks), str(root)]
+    saver = subprocess.Popen(
+        [sys.executable, "-c", SAVER, *argv], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert saver.stdout is not None
+    with saver.stdout as said:
+        assert said.readline() == "begin\n"
+    return saver
+
+
+def test_a_process_that_calls_itself_criu_is_not_taken_for_it(
+    tmp_path: Path, criu: Program
+) -> None:
+    fake = tmp_path / "criu"
+    shutil.copy("/bin/sleep", fake)
+    script = (
+        f"import os\nos.execve({str(fake)!r}, [{criu.path!r}, '60'], {{'GPUSCHED_INSIDE': 'x'}})"
+    )
+    with isolated(tmp_path / "log", [*PYTHON, "-c", script]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: is_named(inside.tasks(), "criu"), within_s=5, what="it has that name")
+        assert run.find_running_criu(criu, inside) == []
+
+
+def is_named(tasks: list[Task], name: str) -> bool:
+    return any(Path(f"/proc/{t.pid}/comm").read_text().strip() == name for t in tasks)
+
+
+# -- the namespaces -------------------------------------------------------------------------------
+
+
+def test_namespaces_of_a_process_that_is_gone_or_has_none_are_refused() -> None:
+    me = proc.identify(os.getpid())
+    with pytest.raises(errors.Unsupported, match="no namespaces of its own"):
+        Inside(me)
+    with pytest.raises(errors.NotFound):
+        Inside(Identity(pid=me.pid, start_ticks=me.start_ticks + 1, boot_id=me.boot_id))
+    with pytest.raises(errors.NotFound):
+        Inside(Identity(pid=4_000_000, start_ticks=1, boot_id=me.boot_id))
+
+
+def test_files_are_opened_as_the_tree_sees_them_and_logs_only_where_they_are_the_users(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "link").symlink_to("/dev/shm/inside")
+    (tmp_path / "other").write_text("")
+    with isolated(tmp_path / "log") as tree, Inside(tree.init) as inside:
+        shm_file(tree, "inside").write_text("seen")
+        fd = inside.open(str(tmp_path / "link"), os.O_RDONLY)
+        assert os.read(fd, 10) == b"seen"
+        os.close(fd)
+        new = tmp_path / "new"
+        os.close(open_log(inside, str(new), 65534, 65534))
+        assert (new.stat().st_uid, new.stat().st_mode & 0o777) == (65534, 0o600)
+        os.close(open_log(inside, str(new), 65534, 65534))
+        for path in ("other", "link", ""):  # of somebody else, a link, a directory
+            with pytest.raises(OSError):
+                open_log(inside, str(tmp_path / path), 65534, 65534)
