@@ -48,6 +48,9 @@ class Moves:
     way: str
     freeze_ms: list[float] = field(default_factory=list)
     thaw_ms: list[float] = field(default_factory=list)
+    #: Beyond the driver's own calls within; of gpusched alone.
+    added_to_freeze_ms: list[float] = field(default_factory=list)
+    added_to_thaw_ms: list[float] = field(default_factory=list)
     left_mib: int = 0
     paths: list[Path] = field(default_factory=list)
 
@@ -142,6 +145,10 @@ def _add_moves(device: Device, result: Result, row: Mapping[str, Any]) -> None:
     moves = device.moves.setdefault(key, Moves(gigabytes=key[0], way=key[1]))
     moves.freeze_ms += [run["freeze_ms"] for run in row["runs"]]
     moves.thaw_ms += [run["thaw_ms"] for run in row["runs"]]
+    for run in row["runs"]:
+        if "driver_freeze_ms" in run:
+            moves.added_to_freeze_ms.append(run["freeze_ms"] - run["driver_freeze_ms"])
+            moves.added_to_thaw_ms.append(run["thaw_ms"] - run["driver_thaw_ms"])
     moves.left_mib = max(0, row["runs"][-1]["off_mib"] - result.data["idle_mib"])
     moves.paths.append(result.path)
 

@@ -62,6 +62,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{median(values)} ({seconds(min(values))}-{seconds(max(values))})"
 
 
+def milliseconds(values: Sequence[float]) -> str:
+    middle = f"{statistics.median(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f}-{max(values):.1f})"
+
+
 def rate(gigabytes: float, values_ms: Sequence[float]) -> str:
     """Decimal GB a second."""
     found = gigabytes / statistics.median(values_ms) * 1000
@@ -137,11 +142,21 @@ def freeze_thaw_full(page: Page, device: Device) -> str:
         f"\nNot measured: {WAYS[way]}{f' at {size:g} GB' if size else ''}: {why}.\n"
         for way, size, why in not_measured(device)
     )
+    added = [m for m in in_order(device) if m.added_to_freeze_ms]
+    over = [
+        [f"{m.gigabytes:g}", str(len(m.added_to_freeze_ms)), *map(milliseconds, both)]
+        for m in added
+        for both in [(m.added_to_freeze_ms, m.added_to_thaw_ms)]
+    ]
+    text = (
+        "\nWhat gpusched adds to the driver's own calls within the same freeze or thaw, as its client sees it:\n\n"
+        f"{table(('GB', 'runs', 'freeze, ms', 'thaw, ms'), over)}"
+    )
     return (
         f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
         f"{device.title}. Median (minimum-maximum); contents verified after every run. From "
         f"{page.links(p for m in device.moves.values() for p in m.paths)}.\n\n"
-        f"{table(head, rows)}{skipped}"
+        f"{table(head, rows)}{skipped}{text if over else ''}"
     )
 
 
@@ -158,12 +173,21 @@ def cold_start(page: Page, device: Device) -> str:
                 start.model,
                 f"{start.vram_mib / 1024:.1f} GiB",
                 f"{seconds(cold)} s",
+                f"{median(start.import_ms)} s",
                 f"{median(start.freeze_ms)} s",
                 f"**{seconds(back)} s**",
                 f"{cold / back:.0f} times",
             ]
         )
-    head = ("model", "VRAM", "cold start", "freeze", "thaw to first token", "sooner")
+    head = (
+        "model",
+        "VRAM",
+        "cold start",
+        "of it imports",
+        "freeze",
+        "thaw to first token",
+        "sooner",
+    )
     return (
         f"{table(head, rows)}\n"
         f"{device.title}; medians of {counts(len(s.cold_start_ms) for s in device.starts.values())}; after every thaw "

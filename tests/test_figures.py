@@ -164,6 +164,17 @@ def test_the_runs_of_several_files_of_one_device_are_joined(tree: Path) -> None:
     assert short.count("NVIDIA H200, driver 580.159.04, 16 cores, 126 GiB of RAM") == 1
 
 
+def test_what_gpusched_adds_is_told_where_the_drivers_own_times_are_known(tree: Path) -> None:
+    (row,) = rows("gpusched", 15.0, [8000.0, 9000.0, 7000.0])
+    for run, (freeze, thaw) in zip(row["runs"], [(8, 7), (9, 5), (12, 6)], strict=True):
+        run["driver_freeze_ms"] = run["freeze_ms"] - freeze
+        run["driver_thaw_ms"] = run["thaw_ms"] - thaw
+    save(tree, "one", "freeze_thaw", rows=[row, *rows("bare", 15.0, [7000.0])])
+    full = block(filled(tree), "freeze_thaw_full")
+    assert "| 15 | 3 | 9.0 (8.0-12.0) | 6.0 (5.0-7.0) |" in full
+    assert full.rstrip().endswith("(5.0-7.0) |"), "the bare calls have no such row"
+
+
 def test_a_way_that_was_not_measured_is_named_with_its_reason(tree: Path) -> None:
     why = {"way": "torch_memory_saver", "gigabytes": None, "why": "no module of that name"}
     big = {"way": "to_cpu", "gigabytes": 40, "why": "too large"}
@@ -180,7 +191,7 @@ def test_a_way_that_was_not_measured_is_named_with_its_reason(tree: Path) -> Non
 def test_a_cold_start_is_compared_with_the_thaw_and_its_token(tree: Path) -> None:
     save(tree, "one", "cold_start", models=[model(8000.0)])
     text = filled(tree)
-    assert "| M | 2.0 GiB | 8.00 s | 0.900 s | **0.400 s** | 20 times |" in block(
+    assert "| M | 2.0 GiB | 8.00 s | 6.50 s | 0.900 s | **0.400 s** | 20 times |" in block(
         text, "cold_start"
     )
     assert "| thaw to first token | 0.400 |" in block(text, "cold_start_full")
