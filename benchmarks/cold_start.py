@@ -194,21 +194,18 @@ def models_directory(wanted: Path | None) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def build(session: Session, model: str, directory: Path, options: argparse.Namespace) -> Path:
-    """The model's directory, filled where it is not yet; complete or not there."""
-    target = directory / model
-    if not target.exists():
-        partial = directory / f"{model}.part"
-        command = [options.torch_python, str(SERVER), "build", str(partial), "--model", model]
-        begun = time.monotonic()
-        subprocess.run([*command, "--device", options.device], check=True, timeout=300)
-        partial.rename(target)
-        session.say(f"{model}: built and saved in {time.monotonic() - begun:.0f} s")
-    for file in target.iterdir():  # one reading puts all of it into the page cache
-        with file.open("rb") as opened:
-            while opened.read(1 << 24):
-                pass
-    return target
+def build(session: Session, directory: Path, options: argparse.Namespace) -> None:
+    """Makes the models that ``directory`` lacks, and reads all of them and all of PyTorch into the page cache."""
+    command = [options.torch_python, str(SERVER), "build", str(directory)]
+    command += ["--models", ",".join(options.models), "--device", options.device]
+    begun = time.monotonic()
+    subprocess.run(command, check=True, timeout=300)
+    for model in options.models:
+        for file in (directory / model).iterdir():
+            with file.open("rb") as opened:
+                while opened.read(1 << 24):
+                    pass
+    session.say(f"models built, saved and read in {time.monotonic() - begun:.0f} s")
 
 
 def file_system(directory: Path) -> str:
@@ -222,16 +219,19 @@ def file_system(directory: Path) -> str:
 
 
 def missing(options: argparse.Namespace) -> str:
-    """Why the models cannot be run here; empty when they can."""
-    ask = "import torch; from transformers import Qwen2ForCausalLM" + (
-        "" if options.rehearse else "; assert torch.cuda.is_available(), 'PyTorch finds no GPU'"
+    """Why the models cannot be run here; empty when they can, as far as a look tells that imports nothing."""
+    ask = (
+        "from importlib.util import find_spec\n"
+        "print(*(m for m in ('torch', 'transformers', 'safetensors') if not find_spec(m)))"
     )
     asked = subprocess.run(
-        [options.torch_python, "-c", ask], capture_output=True, text=True, timeout=300, check=False
+        [options.torch_python, "-c", ask], capture_output=True, text=True, timeout=60, check=False
     )
-    if asked.returncode == 0:
-        return ""
-    return (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[-1]
+    if asked.returncode != 0:
+        return (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[-1]
+    if packages := asked.stdout.split():
+        return f"{options.torch_python} has no {', '.join(packages)}"
+    return "" if options.rehearse or machine.describe()["gpus"] else "NVML finds no GPU"
 
 
 def show(session: Session) -> None:
@@ -275,12 +275,12 @@ def main() -> int:
         session = Session(options, directory)
         if not options.rehearse:
             session.result["ram_touched"] = machine.touch_ram(TOUCH_BYTES)
-        directories = {model: build(session, model, directory, options) for model in options.models}
+        build(session, directory, options)
         session.result["idle_mib"] = machine.used_mib()
         backend, room = ("sim", "1G") if options.rehearse else ("cuda", None)
         with private_daemon(backend, room) as client:
-            for model, where in directories.items():
-                one_model(session, client, model, where, options)
+            for model in options.models:
+                one_model(session, client, model, directory / model, options)
         show(session)
         session.say(f"saved {machine.short(session.save())}")
     return 0

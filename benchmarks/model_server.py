@@ -1,7 +1,7 @@
 """A model that answers: loads weights from a directory, says when its first token is there, then gives more of them.
 
-    python model_server.py build DIR --model Qwen2.5-0.5B     random weights, from a seed, saved as safetensors
-    python model_server.py serve DIR --socket PATH            loads them, prints "ready {...}", serves
+    python model_server.py build DIR --models Qwen2.5-0.5B    random weights, from a seed, saved as DIR/MODEL
+    python model_server.py serve DIR/MODEL --socket PATH      loads them, prints "ready {...}", serves
 
 Needs PyTorch and transformers; ``--device cpu`` for a machine without a GPU. On the socket each line is a request:
 ``token`` is answered with the first token after a fixed prompt, computed on the GPU, ``digest`` with a digest of all
@@ -76,10 +76,26 @@ def since_start_ms() -> float:
     return round((time.clock_gettime(time.CLOCK_BOOTTIME) - started_s) * 1000, 1)
 
 
-def build(directory: Path, name: str, device: str) -> None:
-    """Makes the model on ``device`` and saves it in bf16. Raises SystemExit where it is not the published size."""
+def build(directory: Path, names: list[str], device: str) -> None:
+    """Makes the models that are not there yet, whole or not at all, each as ``directory/NAME``.
+
+    Imports all that serving does, whatever is there: the next import finds it in the page cache.
+    """
     torch: Any = importlib.import_module("torch")
+    torch.set_default_dtype(torch.bfloat16)
     transformers: Any = importlib.import_module("transformers")
+    assert transformers.Qwen2ForCausalLM is not None  # it is imported when it is named
+    for name in names:
+        if not (directory / name).exists():
+            made = random_model(torch, transformers, name, device)
+            made.save_pretrained(directory / f"{name}.part")
+            (directory / f"{name}.part").rename(directory / name)
+            print(f"built {name}: {made.num_parameters()} parameters", flush=True)
+            del made
+
+
+def random_model(torch: Any, transformers: Any, name: str, device: str) -> Any:
+    """The model on ``device``, in the default type. Raises SystemExit where it is not of the published size."""
     model = MODELS[name]
     config = transformers.Qwen2Config(
         hidden_size=model.hidden,
@@ -94,15 +110,13 @@ def build(directory: Path, name: str, device: str) -> None:
         dtype="bfloat16",
     )
     torch.manual_seed(1)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         made = transformers.Qwen2ForCausalLM(config)
     if made.num_parameters() != model.parameters:
         raise SystemExit(
             f"{name} has {made.num_parameters()} parameters instead of {model.parameters}"
         )
-    made.save_pretrained(directory)
-    print(f"built {name}: {model.parameters} parameters", flush=True)
+    return made
 
 
 class Server:
@@ -152,11 +166,11 @@ def main() -> None:
     parser.add_argument("action", choices=("build", "serve"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--socket", type=Path)
-    parser.add_argument("--model", choices=list(MODELS))
+    parser.add_argument("--models", type=lambda text: text.split(","))
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     if options.action == "build":
-        build(options.directory, options.model, options.device)
+        build(options.directory, options.models, options.device)
     else:
         serve(options.directory, options.socket, options.device)
 
