@@ -30,7 +30,7 @@ from gpusched.units import MIB
 
 #: Where neither a link nor a reflink is possible, so much is copied: of one file, and of all.
 _COPY_FILE_BYTES: Final = 32 * MIB
-_COPY_ALL_BYTES: Final = 128 * MIB
+COPY_ALL_BYTES: Final = 128 * MIB
 _FICLONE: Final = 0x40049409
 _MOUNT_TIMEOUT_S: Final = 10.0
 
@@ -40,7 +40,7 @@ def keep(draft: Draft, inside: Inside, used: Sequence[UsedFile]) -> tuple[UsedFi
 
     What cannot be kept cheaply is left out without a word. Raises InsufficientDisk, Unavailable.
     """
-    found, room = [], _COPY_ALL_BYTES
+    found, room = [], COPY_ALL_BYTES
     with understood(draft.root), _directory(draft) as directory:
         for number, file in enumerate(used):
             name = str(number)
@@ -120,7 +120,7 @@ def _clone(source: int, target: int, size: int, room: int) -> int | None:
     if size > room:
         return None
     done = 0
-    while count := os.copy_file_range(source, target, size - done) if done < size else 0:
+    while count := os.sendfile(target, source, done, size - done) if done < size else 0:
         done += count
     return done if done == size else None
 

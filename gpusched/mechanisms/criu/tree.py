@@ -69,9 +69,10 @@ def save(
 
 
 def differences(
-    image: Image, inside: Inside, now: Machine, replaced: Collection[str] = ()
+    image: Image, inside: Inside | None, now: Machine, replaced: Collection[str] = ()
 ) -> list[Difference]:
-    """What has changed since the image was made (``manifest.compare``), as fresh namespaces see it. Changes nothing.
+    """What has changed since the image was made (``manifest.compare``), as fresh namespaces see it (None: would
+    see it). Changes nothing.
 
     ``replaced``: paths that are given anew (the log).
     """
@@ -89,12 +90,14 @@ def bring_back(
     now: Machine,
     timeout_s: float,
     inherited: Mapping[str, int] | None = None,
+    own: Collection[tuple[int, int]] = (),
     main_pid: int = MAIN_PID,
 ) -> Restored:
     """Brings a tree back into fresh namespaces, verified and stopped; ``run.resume`` lets it go on.
 
-    ``inherited``: as for ``run.restore``. Raises CriuError (damaged, changed, or CRIU failed), DeadlineExceeded,
-    Unavailable: then nothing of it runs or is left in the namespaces, and the image is as it was.
+    ``inherited``: as for ``run.restore``. ``own``: (device, inode) of what the caller has put there. Raises CriuError
+    (damaged, changed, or CRIU failed), DeadlineExceeded, Unavailable: then nothing of it runs or is left in the
+    namespaces, and the image is as it was.
     """
     given = dict(inherited or {})
     seen = system.look(inside, (file.path for file in image.manifest.used))
@@ -122,7 +125,7 @@ def bring_back(
                 main_pid=main_pid,
             )
             allowed = {one.identity for one in [*_known(image, seen), *covered.values()]}
-            allowed |= {_identity(fd) for fd in given.values()}
+            allowed |= {_identity(fd) for fd in given.values()} | set(own)
             opened.check(inside, back.tasks, allowed, image.manifest.unnamed, name)
     except BaseException:
         run.end_everybody(inside)
