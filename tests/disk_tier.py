@@ -6,6 +6,7 @@ Everything here is real: CRIU dumps and restores, in namespaces of each tree's o
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -104,14 +105,21 @@ def log(daemon: PrivateDaemon, name: str) -> str:
     return (daemon.log_dir / f"{name}.log").read_text()
 
 
-def criu_at_work() -> list[int]:
-    """CRIU processes that work in a namespace of ours, with what leads them in."""
+def criu_at_work(daemon: PrivateDaemon) -> list[int]:
+    """CRIU processes that work in a namespace of this daemon's trees, with what leads them in."""
+    spaces = set()
+    for tree in (daemon.state_dir / "trees").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            init = json.loads((tree / "alive.lock").read_text())["pid"]
+            about = Path(f"/proc/{init}/ns/pid").stat()
+            spaces.add(b"GPUSCHED_INSIDE=%d:%d" % (about.st_dev, about.st_ino))
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"--manage-cgroups=ignore" in words:
+                marks = (entry / "environ").read_bytes().split(b"\0")
+                if b"--manage-cgroups=ignore" in words and spaces & set(marks):
                     found.append(int(entry.name))
     return found
 
@@ -119,8 +127,9 @@ def criu_at_work() -> list[int]:
 class Killer(threading.Thread):
     """Kills CRIU as soon as one is at work, after ``delay_s``; ``hits`` says how many it got."""
 
-    def __init__(self, delay_s: float, within_s: float = 10.0) -> None:
+    def __init__(self, target: PrivateDaemon, delay_s: float, within_s: float = 10.0) -> None:
         super().__init__(daemon=True)
+        self._target = target
         self._delay_s = delay_s
         self._deadline = time.monotonic() + within_s
         self.hits = 0
@@ -128,9 +137,9 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.is_set() and time.monotonic() < self._deadline:
-            if criu_at_work():
+            if criu_at_work(self._target):
                 time.sleep(self._delay_s)
-                for pid in criu_at_work():
+                for pid in criu_at_work(self._target):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                         self.hits += 1
@@ -140,8 +149,8 @@ class Killer(threading.Thread):
 
 
 @contextlib.contextmanager
-def killing_criu(delay_s: float = 0.0) -> Iterator[Killer]:
-    killer = Killer(delay_s)
+def killing_criu(daemon: PrivateDaemon, delay_s: float = 0.0) -> Iterator[Killer]:
+    killer = Killer(daemon, delay_s)
     killer.start()
     try:
         yield killer

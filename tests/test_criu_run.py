@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -231,49 +231,76 @@ def test_a_file_that_was_changed_is_named_and_no_restore_is_begun(
 # -- killed in the middle -------------------------------------------------------------------------
 
 
-def test_criu_killed_at_any_moment_leaves_the_process_running_and_no_image(
+def test_a_dump_that_is_ended_at_any_moment_leaves_the_process_running_and_no_image(
     tmp_path: Path, store: ImageStore, criu: Program, soak: bool
 ) -> None:
     dice = random.Random(os.urandom(8))
-    killed, reasons = 0, set[str]()
-    with counting(tmp_path / "log", mib=64) as tree, Inside(tree.init) as inside:
+    ended = set[str]()
+    with counting(tmp_path / "log", mib=16) as tree, Inside(tree.init) as inside:
         for _ in range(100 if soak else 10):
-            delay = dice.uniform(0.0, 0.25)
-            killer = threading.Timer(delay, kill_criu, (criu, inside))
+            killer = threading.Timer(dice.uniform(0.0, 0.15), run.end_running_criu, (criu, inside))
             killer.start()
-            try:
-                save(criu, tree, store)
-            except errors.CriuError as error:
-                killed += 1
-                reasons.add(str(error))
-                assert store.images() == []
-            else:  # it was faster
-                store.open("a").verify()
-                store.delete("a")
-                run.undo_dump(inside, [])
-            finally:
-                killer.join()
-            assert store.used_bytes() == 0
-            assert run.find_running_criu(criu, inside) == []
-            tree.wait_for_more()
+            survives(criu, tree, inside, store, ended, killer.join)
         tree.wait_for_more(25)
         assert len(tree.sums()) == 1
-    assert killed > 0
-    assert reasons == {"could not save job: CRIU was ended by signal 9"}
+    assert ended == {"could not save job: CRIU was ended by signal 9"}
 
 
-def kill_criu(criu: Program, inside: Inside) -> None:
-    for pid in run.find_running_criu(criu, inside):
-        with contextlib.suppress(ProcessLookupError):
-            if proc.inner_pid(pid) != pid:  # nsenter is left, as when the OOM killer chooses
-                os.kill(pid, signal.SIGKILL)
+def test_criu_killed_while_it_writes_leaves_the_process_running_and_no_image(
+    tmp_path: Path, store: ImageStore, criu: Program, soak: bool
+) -> None:
+    dice = random.Random(os.urandom(8))
+    ended = set[str]()
+    pages = store.root / "a.tmp/criu/pages-1.img"
+
+    def kill_while_writing() -> None:
+        wait_until(lambda: pages.exists() and pages.stat().st_size, within_s=10, what="it writes")
+        time.sleep(dice.uniform(0.0, 0.02))
+        for pid in run.find_running_criu(criu, inside):
+            with contextlib.suppress(ProcessLookupError):
+                if proc.inner_pid(pid) != pid:  # nsenter is left, as when somebody else does it
+                    os.kill(pid, signal.SIGKILL)
+
+    with counting(tmp_path / "log", mib=160) as tree, Inside(tree.init) as inside:
+        for _ in range(100 if soak else 10):
+            killer = threading.Thread(target=kill_while_writing)
+            killer.start()
+            survives(criu, tree, inside, store, ended, killer.join)
+        tree.wait_for_more(25)
+        assert len(tree.sums()) == 1
+    assert ended == {"could not save job: CRIU was ended by signal 9"}
+
+
+def survives(
+    criu: Program,
+    tree: Isolated,
+    inside: Inside,
+    store: ImageStore,
+    ended: set[str],
+    wait: Callable[[], None],
+) -> None:
+    """One save, with somebody who ends it; why it ended goes into ``ended``."""
+    try:
+        save(criu, tree, store)
+    except errors.CriuError as error:
+        ended.add(str(error))
+        assert store.images() == []
+    else:  # it was faster
+        store.open("a").verify()
+        store.delete("a")
+        run.resume(inside.tasks())
+    finally:
+        wait()
+    assert store.used_bytes() == 0
+    assert run.find_running_criu(criu, inside) == []
+    tree.wait_for_more()
 
 
 #: Saves as a daemon would, and is killed meanwhile.
 SAVER = """
-import sys
+import os, sys
 from pathlib import Path
-from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import tree
 from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
@@ -283,7 +310,8 @@ criu = Program(path=sys.argv[1], version=(), executable=sys.argv[2])
 init = Identity(pid=int(sys.argv[3]), start_ticks=int(sys.argv[4]), boot_id="")
 with Inside(init) as inside, ImageStore(Path(sys.argv[5])).begin("a") as draft:
     print("begin", flush=True)
-    run.dump(criu, inside, draft.criu_fd, name="job", timeout_s=60)
+    tree.save(criu, inside, draft, name="job", timeout_s=60)
+    os.kill(os.getpid(), 9)
 """
 
 
@@ -292,16 +320,15 @@ def test_after_the_daemon_was_killed_the_next_one_ends_its_criu_and_nothing_is_l
 ) -> None:
     seen = 0
     with counting(tmp_path / "log", mib=64) as tree, Inside(tree.init) as inside:
-        for delay in (0.01, 0.03, 0.06, 0.1):
+        for delay in (0.005, 0.03, 0.06, 0.1, 1.0):
             saver = start_saver(criu, tree.init, store.root)
             time.sleep(delay)
             saver.kill()
             saver.wait()
             seen += bool(run.find_running_criu(criu, inside))
-            run.end_running_criu(criu, inside)
+            trees.recover(criu, inside, store, "a")
             assert run.find_running_criu(criu, inside) == []
-            run.undo_dump(inside, [])
-            assert store.collect() == ["a.tmp"]
+            assert store.used_bytes() == 0
             tree.wait_for_more()
         tree.wait_for_more(25)
         assert len(tree.sums()) == 1

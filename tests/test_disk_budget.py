@@ -115,11 +115,11 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200M,mode=700", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400M,mode=700", "tmpfs", disk], check=True)
     try:
         daemon = private_daemon(vram="200M", args=["--disk-dir", str(disk)])
         model = Workload.start(daemon, "model", "24M")
-        (disk / "ballast").write_bytes(b"x" * (180 << 20))
+        (disk / "ballast").write_bytes(b"x" * (380 << 20))
         answer = refused(daemon, "insufficient_disk", "hibernate", name="model")
         assert "is free" in answer["error"]
         model.require_contents()
@@ -176,7 +176,7 @@ def test_a_directory_that_is_gone_or_read_only_is_said_so(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M,mode=700", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400M,mode=700", "tmpfs", disk], check=True)
     try:
         daemon = private_daemon(vram="200M", args=["--disk-dir", str(disk)])
         model = Workload.start(daemon, "model", "8M")

@@ -9,7 +9,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,11 @@ def test_a_dump_that_is_killed_leaves_the_process_as_it_was(private_daemon: Star
     for before in ("active", "frozen"):
         if before == "frozen":
             done(daemon, "freeze", name="model")
-        with killing_criu(delay_s=0.03) as killer:
+        with killing_criu(daemon, delay_s=0.03) as killer:
             answer = refused(daemon, "criu_error", "hibernate", name="model")
         assert killer.hits and before in answer["error"]
         model.require(before)
-        assert images(daemon) == [] and not criu_at_work()
+        assert images(daemon) == [] and not criu_at_work(daemon)
     done(daemon, "thaw", name="model")
     model.require_contents()
 
@@ -47,7 +46,7 @@ def test_a_restore_that_is_killed_leaves_it_on_disk(private_daemon: StartDaemon)
     daemon = private_daemon()
     model = Workload.start(daemon, "model", "24M")
     done(daemon, "hibernate", name="model")
-    with killing_criu(delay_s=0.03) as killer:
+    with killing_criu(daemon, delay_s=0.03) as killer:
         refused(daemon, "criu_error", "thaw", name="model")
     assert killer.hits
     assert entries(daemon)["model"]["state"] == "hibernated"
@@ -67,7 +66,7 @@ def test_an_init_that_is_killed_during_a_dump_takes_its_process_along_and_nothin
     init = json.loads((tree / "alive.lock").read_text())["pid"]
 
     def kill() -> None:
-        wait_until(criu_at_work, within_s=10, what="CRIU works")
+        wait_until(lambda: criu_at_work(daemon), within_s=10, what="CRIU works")
         os.kill(init, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -111,7 +110,7 @@ def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> 
     asked.start()
     time.sleep(delay_s)
     if victim in ("criu", "both"):
-        for pid in criu_at_work():
+        for pid in criu_at_work(daemon):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     if victim == "init":
@@ -150,7 +149,7 @@ def _require_whole(daemon: PrivateDaemon, model: Workload, said: str) -> None:
         assert len(images(daemon)) == 1, said
     else:
         wait_no_image_but(daemon, found["model"]["state"], said)
-    wait_until(lambda: not criu_at_work(), within_s=5, what=f"no CRIU works on ({said})")
+    wait_until(lambda: not criu_at_work(daemon), within_s=5, what=f"no CRIU works on ({said})")
 
 
 def wait_no_image_but(daemon: PrivateDaemon, state: str, said: str) -> None:
@@ -192,11 +191,11 @@ def test_an_image_that_is_damaged_is_refused_and_kept(
 
 
 def _damage(image: Path, where: str) -> None:
-    files = [p for p in image.rglob("*") if p.is_file()]
-    largest = max(files, key=lambda p: p.stat().st_size)
-    pick: Callable[[str], Path] = lambda part: next(p for p in files if part in p.name)  # noqa: E731
-    named = {"pages": "pages-", "core": "core-", "manifest": "manifest"}
-    path = pick(named[where]) if where in named else largest
+    """Changes one file of the image's own. Kept libraries are hard links to the system's: never those."""
+    files = [p for p in image.rglob("*") if p.is_file() and p.parent.name != "kept"]
+    named = {"pages": "pages-", "core": "core-", "manifest": "manifest", "truncated": "pages-"}
+    path = next(p for p in files if p.name.startswith(named[where]))
+    assert path.stat().st_nlink == 1
     data = bytearray(path.read_bytes())
     if where == "truncated":
         path.write_bytes(data[: len(data) // 2])

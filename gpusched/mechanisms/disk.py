@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,13 @@ from typing import Any, Final, TypeVar
 
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu import manifest, preflight, run, system
+from gpusched.mechanisms.criu import kept, manifest, preflight, run, system, tree
 from gpusched.mechanisms.criu.image import About
 from gpusched.mechanisms.criu.image import Image as StoredImage
 from gpusched.mechanisms.criu.images import ImageStore, Listed
 from gpusched.mechanisms.criu.inside import Inside, open_log
+from gpusched.mechanisms.criu.parts import disk_bytes
 from gpusched.mechanisms.criu.program import Program
-from gpusched.mechanisms.namespaces import SHM
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.ports import (
     Clock,
@@ -95,6 +96,9 @@ class DiskTier:
         self._program = program
         self._driver = driver
         self._sizes: dict[str, int] = {}
+        # Libraries are kept by a hard link; on another file system than theirs, by copies.
+        elsewhere = root.stat().st_dev != Path(sys.executable).stat().st_dev
+        self._copies_bytes = kept.COPY_ALL_BYTES if elsewhere else 0
         self._turns: dict[str, threading.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
 
@@ -130,7 +134,7 @@ class DiskTier:
             own = sum(_bytes_below(path) for path in self._trees.own_directories(tree_id))
             return DiskFacts(
                 obstacles=tuple(preflight.obstacles(inside, launch.name, gpu_released=is_frozen)),
-                need_bytes=preflight.image_bytes(tasks) + own + MIB,
+                need_bytes=preflight.image_bytes(tasks) + own + self._copies_bytes + MIB,
                 shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
             )
 
@@ -159,37 +163,50 @@ class DiskTier:
         self, image_id: str, tree_id: str, need_bytes: int, record: Mapping[str, object]
     ) -> Saved:
         init, launch = self._whose(tree_id)
-        with _still_there(launch.name), Inside(init) as inside:
-            tasks = inside.tasks()
-            pids = {task.pid: task.inner_pid for task in tasks}
-            vram = _vram_of(record)
-            about = About(
-                name=launch.name,
-                uid=launch.uid,
-                created_unix_s=self._clock.unix_s(),
-                machine=system.read_machine(self._program, self._driver if vram else None),
-                used=tuple(system.used_files(inside, tasks)),
-                vram_bytes=vram,
-                record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())},
-            )
-            with self._store.begin(image_id) as draft:
-                limit_s = run.time_limit_s(need_bytes)
-                with draft.following():
-                    run.dump(
-                        self._program, inside, draft.criu_fd, name=launch.name, timeout_s=limit_s
-                    )
-                for part, directory in self._parts(tree_id, inside):
+        with (
+            _still_there(launch.name),
+            Inside(init) as inside,
+            self._store.begin(image_id) as draft,
+        ):
+            before = inside.tasks()
+            pids = {task.pid: task.inner_pid for task in before}
+            limit_s = run.time_limit_s(need_bytes)
+            saved = tree.save(self._program, inside, draft, name=launch.name, timeout_s=limit_s)
+            try:
+                for part, directory in self._own_parts(tree_id):
                     draft.save_directory(part, directory)
-                made = draft.commit(about)
-        return Saved(size_bytes=made.size_bytes, pids=pids)
+                draft.commit(self._about(launch, record, saved, pids))
+                size = disk_bytes(draft.fd)
+            except BaseException:
+                run.undo_dump(inside, before)
+                raise
+        return Saved(size_bytes=size, pids=pids)
 
-    def _parts(self, tree_id: str, inside: Inside) -> Iterator[tuple[str, int]]:
-        """What is the tree's beside its processes: names of parts of the image, and directories, open by turns."""
-        shm = inside.open(SHM, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield "shm", shm
-        finally:
-            os.close(shm)
+    def _about(
+        self,
+        launch: Launch,
+        record: Mapping[str, object],
+        saved: tree.Saved,
+        pids: Mapping[int, int],
+    ) -> About:
+        vram = _vram_of(record)
+        return About(
+            name=launch.name,
+            uid=launch.uid,
+            created_unix_s=self._clock.unix_s(),
+            machine=self._machine(vram),
+            used=saved.used,
+            unnamed=saved.unnamed,
+            vram_bytes=vram,
+            record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())},
+        )
+
+    def _machine(self, vram_bytes: int) -> manifest.Machine:
+        """Without VRAM contents in an image the driver does not matter to it."""
+        return system.read_machine(self._program, self._driver if vram_bytes else None)
+
+    def _own_parts(self, tree_id: str) -> Iterator[tuple[str, int]]:
+        """What is the tree's outside of its namespaces: names of parts of the image, and directories, open by turns."""
         for number, path in enumerate(self._trees.own_directories(tree_id)):
             with _opened(path) as directory:
                 yield f"own-{number}", directory
@@ -201,11 +218,9 @@ class DiskTier:
 
     def _changes(self, image_id: str) -> list[str]:
         with self._store.open(image_id) as image:
-            then = image.manifest
-        now = system.read_machine(self._program, self._driver if then.vram_bytes else None)
-        stamps = system.stamps(file.path for file in then.used)
-        log_path = _launch_in(then).log_path
-        return [str(d) for d in manifest.compare(then, now, stamps, [log_path]) if d.blocks]
+            now = self._machine(image.manifest.vram_bytes)
+            log_path = _launch_in(image.manifest).log_path
+            return [str(d) for d in tree.differences(image, None, now, [log_path]) if d.blocks]
 
     async def wake(self, image_id: str, revival: Revival) -> Woken:
         return await self._do(self._wake, image_id, revival)
@@ -233,20 +248,20 @@ class DiskTier:
             if old_log != os.devnull:
                 inherited[old_log] = open_log(inside, launch.log_path, launch.uid, launch.gid)
                 stack.callback(os.close, inherited[old_log])
-            files = image.open_criu()
-            stack.callback(os.close, files)
             # One at a time: CRIU makes files without a name anew under the same names, in directories that are shared.
             stack.enter_context(self._turns.setdefault(image.image_id, threading.Lock()))
-            stack.enter_context(image.verifying())
-            for part, directory in self._parts(launch.tree_id, inside):
+            for part, directory in self._own_parts(launch.tree_id):
                 image.restore_directory(part, directory)
-            restored = run.restore(
+            own = {i for p in self._trees.own_directories(launch.tree_id) for i in _files(p)}
+            restored = tree.bring_back(
                 self._program,
                 inside,
-                files,
+                image,
                 name=launch.name,
+                now=self._machine(image.manifest.vram_bytes),
                 timeout_s=run.time_limit_s(image.manifest.size_bytes),
                 inherited=inherited,
+                own=own,
             )
         return restored.main.inner_pid
 
@@ -294,7 +309,7 @@ def _told(listed: Listed) -> Image:
         return Image(image_id=listed.image_id, size_bytes=size, problem=problem)
     return Image(
         image_id=listed.image_id,
-        size_bytes=about.size_bytes,
+        size_bytes=listed.disk_bytes,
         created_unix_s=about.created_unix_s,
         record=about.record["engine"],
         pids=dict(about.record["pids"]),
@@ -310,6 +325,13 @@ def _vram_of(record: Mapping[str, object]) -> int:
     process = record.get("proc")
     held = process.get("vram") if isinstance(process, dict) else None
     return sum(held.values()) if isinstance(held, dict) else 0
+
+
+def _files(directory: Path) -> Iterator[tuple[int, int]]:
+    """(device, inode) of all below."""
+    for path in directory.rglob("*"):
+        about = path.lstat()
+        yield about.st_dev, about.st_ino
 
 
 def _bytes_below(directory: Path) -> int:

@@ -156,7 +156,8 @@ def revive(
         end(files)
         if group is not None:
             cgroups.remove(group)
-        shutil.rmtree(files.path, ignore_errors=True)
+        for path in (*ground.own_directories(launch.tree_id), files.path):
+            shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError):
             raise _system_error(launch, error.errno, str(error)) from error
         raise

@@ -5,7 +5,7 @@
         criu/           CRIU's files
         NAME.tar        a directory that was the tree's own (``Draft.save_directory``)
         ...             whatever else the caller writes (VRAM)
-        kept/N          copies of mapped files, hard links where that is possible
+        kept/N          copies of mapped programs and libraries
         manifest        all of it with sizes and checksums, and what must be unchanged (``manifest.py``)
     ROOT/ID.gone/       being deleted
 
@@ -21,12 +21,13 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gpusched import errors
-from gpusched.mechanisms.criu.image import Draft, Image
+from gpusched.mechanisms.criu.image import CRIU, Draft, Image
 from gpusched.mechanisms.criu.manifest import Manifest, Unreadable
 from gpusched.mechanisms.criu.parts import DIRECTORY, disk_bytes, exists, read_manifest, understood
 
@@ -76,9 +77,9 @@ class ImageStore:
                 raise errors.AlreadyExists(f"image {image_id} is being written") from None
             try:
                 fd = os.open(name + _TMP, DIRECTORY, dir_fd=self._fd)
-                return Draft(self.root, image_id, fd, self._publish, self._discard)
+                return Draft(self.root, image_id, fd, self._publish, self.discard)
             except OSError:
-                self._discard(image_id)
+                self.discard(image_id)
                 raise
 
     def open(self, image_id: str) -> Image:
@@ -142,7 +143,7 @@ class ImageStore:
         return about.f_bavail * about.f_frsize
 
     def used_bytes(self) -> int:
-        """What all of it takes of the disk, drafts included; hard links to other files are not counted."""
+        """What all of it takes of the disk, drafts included."""
         return disk_bytes(self._fd)
 
     def _remove(self, name: str) -> None:
@@ -154,15 +155,27 @@ class ImageStore:
         os.rename(draft, image_id, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         try:
             os.fsync(self._fd)
-        except (
-            OSError
-        ):  # it may or may not survive a crash: the caller keeps the original, so there is none
+        except OSError:  # it may survive a crash or not; the original lives, so let there be none
             os.rename(image_id, draft, src_dir_fd=self._fd, dst_dir_fd=self._fd)
             raise
 
-    def _discard(self, image_id: str) -> None:
+    def discard(self, image_id: str) -> None:
+        """Removes a draft; nothing where there is none. Raises Unavailable."""
         with contextlib.suppress(FileNotFoundError), understood(self.root):
-            self._remove(image_id + _TMP)
+            self._remove(_checked(image_id) + _TMP)
+
+    @contextlib.contextmanager
+    def draft_of(self, image_id: str) -> Iterator[int | None]:
+        """CRIU's directory in what somebody has left half written; None where there is none."""
+        try:
+            fd = os.open(f"{_checked(image_id)}{_TMP}/{CRIU}", DIRECTORY, dir_fd=self._fd)
+        except OSError:
+            yield None
+            return
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
 
 def _checked(image_id: str) -> str:

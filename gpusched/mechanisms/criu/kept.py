@@ -1,7 +1,9 @@
 """Copies of the programs and libraries that saved processes have mapped: an upgrade must not strand an image.
 
-Covers: keeping them in an image where that is cheap (hard link, reflink, small copies), and showing them to CRIU in
-the place of what is there now, for as long as the restore takes. Blocking; root only.
+Covers: keeping them in an image where that is cheap (reflink, small copies), and showing them to CRIU in the place of
+what is there now, for as long as the restore takes. Blocking; root only.
+
+Never a hard link: whoever writes to a file of an image, or truncates it, would do that to the system's library.
 
 Only until the processes are back, while they are all stopped: afterwards they have the old files mapped, and nobody in
 their namespaces can start a set-user-id program with libraries that were replaced for a reason. Only what is there
@@ -28,9 +30,9 @@ from gpusched.mechanisms.criu.parts import understood
 from gpusched.mechanisms.criu.system import Seen
 from gpusched.units import MIB
 
-#: Where neither a link nor a reflink is possible, so much is copied: of one file, and of all.
+#: Where no reflink is possible, so much is copied: of one file, and of all.
 _COPY_FILE_BYTES: Final = 32 * MIB
-_COPY_ALL_BYTES: Final = 128 * MIB
+COPY_ALL_BYTES: Final = 128 * MIB
 _FICLONE: Final = 0x40049409
 _MOUNT_TIMEOUT_S: Final = 10.0
 
@@ -40,7 +42,7 @@ def keep(draft: Draft, inside: Inside, used: Sequence[UsedFile]) -> tuple[UsedFi
 
     What cannot be kept cheaply is left out without a word. Raises InsufficientDisk, Unavailable.
     """
-    found, room = [], _COPY_ALL_BYTES
+    found, room = [], COPY_ALL_BYTES
     with understood(draft.root), _directory(draft) as directory:
         for number, file in enumerate(used):
             name = str(number)
@@ -72,24 +74,9 @@ def _keep_one(inside: Inside, file: UsedFile, directory: int, name: str, room: i
     try:
         if os.fstat(seen).st_mode & 0o6000:  # nothing that would give anybody rights is kept alive
             return None
-        if _link(file.path, seen, directory, name):
-            return 0
         return _copy(seen, directory, name, min(room, _COPY_FILE_BYTES))
     finally:
         os.close(seen)
-
-
-def _link(path: str, seen: int, directory: int, name: str) -> bool:
-    """A link must be made within one mount, so the file is looked for in ours, where it has the same name."""
-    with contextlib.suppress(OSError):
-        ours = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.path.samestat(os.fstat(ours), os.fstat(seen)):
-                os.link(f"/proc/self/fd/{ours}", name, dst_dir_fd=directory)
-                return True
-        finally:
-            os.close(ours)
-    return False
 
 
 def _copy(seen: int, directory: int, name: str, room: int) -> int | None:
@@ -120,7 +107,7 @@ def _clone(source: int, target: int, size: int, room: int) -> int | None:
     if size > room:
         return None
     done = 0
-    while count := os.copy_file_range(source, target, size - done) if done < size else 0:
+    while count := os.sendfile(target, source, done, size - done) if done < size else 0:
         done += count
     return done if done == size else None
 

@@ -19,12 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Final
 
 from gpusched import errors
-from gpusched.mechanisms.criu import command, complaint
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.criu import command, complaint, threads
 from gpusched.mechanisms.criu.inside import Inside, Task, send
 from gpusched.mechanisms.criu.program import Program
+from gpusched.mechanisms.criu.threads import Captured
 from gpusched.units import GIB, MIB, format_size
 
 #: The pid of every tree's main process in its namespace.
@@ -35,14 +38,18 @@ _SLOWEST_BYTES_PER_S: Final = 32 * MIB
 _BASE_S: Final = 60.0
 _END_S: Final = 10.0
 _POLL_S: Final = 0.005
+#: How long a good moment to end CRIU is waited for.
+_PATIENCE_S: Final = 2.0
+#: Lies beside the dump, also when that is complete: until the commit nobody else knows who was stopped.
+_RECORD: Final = "threads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """One run of CRIU that succeeded. ``warnings`` are lines of its log, for ours."""
+    """A dump that succeeded. ``captured`` is for ``undo_dump``."""
 
     duration_s: float
-    warnings: tuple[str, ...] = ()
+    captured: Captured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,20 +81,26 @@ def dump(
     Afterwards all its processes are stopped and the files are complete, but not durable. Blocks for ``timeout_s`` and
     20 s at most. Raises CriuError, InsufficientDisk, DeadlineExceeded, Unavailable (nsenter is missing): then every
     process is as it was before, running or stopped, and no CRIU works on it; what is in the directory is worthless.
+    Whoever dies in the middle leaves there what ``recover_dump`` needs.
     """
-    before = inside.tasks()
     _remove_remaps(inside)
     begun = time.monotonic()
+    captured = threads.note(inside)
     try:
+        _write_record(images_fd, captured)
+        captured = threads.stop_and_capture(inside, captured)
+        _write_record(images_fd, captured)
         with _empty_directory() as plugins:
             argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)
-            log = _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
+            _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
     except BaseException as error:
-        undo_dump(inside, before)
+        undo_dump(inside, captured)
         if isinstance(error, _Failed):
             raise _dump_error(error, images_fd, name) from None
+        if isinstance(error, OSError):
+            raise _disk_error(images_fd, name, []) from error
         raise
-    return Done(duration_s=time.monotonic() - begun, warnings=_warnings(log))
+    return Done(duration_s=time.monotonic() - begun, captured=captured)
 
 
 def restore(
@@ -134,27 +147,47 @@ def find_running_criu(program: Program, inside: Inside) -> list[int]:
 
 
 def end_running_criu(program: Program, inside: Inside, timeout_s: float = _END_S) -> None:
-    """Kills CRIU in these namespaces and waits until it is gone. The processes it worked on go on by themselves.
+    """Kills CRIU in these namespaces and waits until it is gone.
 
-    Raises DeadlineExceeded when something of it is still there after ``timeout_s``.
+    At a moment, if one comes within 2 s, at which the processes it works on survive that (``threads.may_be_left``);
+    then ``recover_dump`` is due. Raises DeadlineExceeded when something of it is still there after ``timeout_s``.
     """
-    _end(lambda: find_running_criu(program, inside), timeout_s)
+    patience = time.monotonic() + _PATIENCE_S
+
+    def is_good_moment(pids: Sequence[int]) -> bool:
+        _signal(pids, signal.SIGSTOP)
+        halted = time.monotonic() + _POLL_S
+        while not all(_is_halted(pid) for pid in pids) and time.monotonic() < halted:
+            time.sleep(_POLL_S / 20)
+        return threads.may_be_left(inside.tasks()) or time.monotonic() > patience
+
+    _end(lambda: find_running_criu(program, inside), timeout_s, is_good_moment)
 
 
 def end_everybody(inside: Inside, timeout_s: float = _END_S) -> None:
     """Kills all processes in the namespaces but the first one. Raises DeadlineExceeded when one does not end."""
-    _end(inside.everybody, timeout_s)
+    _end(inside.everybody, timeout_s, lambda _: True)
 
 
-def undo_dump(inside: Inside, before: Collection[Task]) -> None:
-    """After a dump that failed, or whose image was not kept: who was stopped ``before`` is stopped, all others go on.
+def recover_dump(program: Program, inside: Inside, images_fd: int) -> None:
+    """What an earlier daemon left of a dump: its CRIU is ended, and every process is as it was before.
 
-    Blocks for milliseconds. Before it, no CRIU may be left (``end_running_criu``).
+    Where nothing of a dump is left nothing is done. Raises DeadlineExceeded like ``end_running_criu``.
     """
-    stopped = {(task.pid, task.start_ticks) for task in before if task.is_stopped}
-    for task in inside.tasks():
-        is_stopped = (task.pid, task.start_ticks) in stopped
-        send(task.pid, task.start_ticks, signal.SIGSTOP if is_stopped else signal.SIGCONT)
+    end_running_criu(program, inside)
+    with contextlib.suppress(OSError):
+        fd = os.open(_RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=images_fd)
+        with os.fdopen(fd, "rb") as file:
+            undo_dump(inside, threads.decode(file.read()))
+
+
+def undo_dump(inside: Inside, captured: Captured) -> None:
+    """After a dump that failed, or whose image was not kept: who was stopped before is stopped, all others go on.
+
+    Blocks for milliseconds. No CRIU may be left.
+    """
+    threads.put_back(captured)
+    threads.go_on(inside, captured)
     _remove_remaps(inside)
 
 
@@ -192,6 +225,7 @@ def _run(
             raise errors.Unavailable(
                 f"{argv[0]} of {name}: nsenter (util-linux) cannot be started: {error}"
             ) from error
+        _protect(running.pid)
         code: int | None = None
         try:
             code = running.wait(timeout_s)
@@ -210,6 +244,12 @@ def _run(
     return text
 
 
+def _protect(pid: int) -> None:
+    """From the kernel when memory is short: what CRIU works on may not survive it."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
+
+
 def _text(log: IO[bytes]) -> str:
     fd = log.fileno()
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
@@ -225,7 +265,9 @@ def _empty_directory() -> Iterator[int]:
             os.close(fd)
 
 
-def _end(find: Callable[[], list[int]], timeout_s: float) -> None:
+def _end(
+    find: Callable[[], list[int]], timeout_s: float, is_good_moment: Callable[[Sequence[int]], bool]
+) -> None:
     deadline = time.monotonic() + timeout_s
     while pids := find():
         if time.monotonic() > deadline:
@@ -233,24 +275,50 @@ def _end(find: Callable[[], list[int]], timeout_s: float) -> None:
                 f"processes {', '.join(map(str, pids))} were killed and have not ended within {timeout_s:g} s",
                 {"pids": pids},
             )
-        for pid in pids:
-            send(pid, None, signal.SIGKILL)
-        time.sleep(_POLL_S)
+        _signal(pids, signal.SIGKILL if is_good_moment(pids) else signal.SIGCONT)
+        time.sleep(_POLL_S / 5)
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        send(pid, None, number)
+
+
+def _is_halted(pid: int) -> bool:
+    found = proc.read_stat(pid)
+    return found is None or found.is_stopped or not found.is_alive
+
+
+def _write_record(images_fd: int, captured: Captured) -> None:
+    """Whole or not at all. It need not survive more than this process."""
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
+    fd = os.open(f"{_RECORD}.part", flags, 0o600, dir_fd=images_fd)
+    with os.fdopen(fd, "wb") as file:
+        file.write(threads.encode(captured))
+    os.rename(f"{_RECORD}.part", _RECORD, src_dir_fd=images_fd, dst_dir_fd=images_fd)
 
 
 # -- what it means --------------------------------------------------------------------------------
 
 
 def _dump_error(failed: _Failed, images_fd: int, name: str) -> errors.GpuschedError:
-    disk = os.fstatvfs(images_fd)
-    free = disk.f_bavail * disk.f_frsize
-    if complaint.disk_is_full(failed.log) or free < MIB:
-        return errors.InsufficientDisk(
-            f"the disk for snapshots became full while {name} was saved ({format_size(free)} are free); "
-            "free some, or choose another with --disk-dir",
-            {"free_bytes": free, "criu_log": complaint.tail(failed.log)},
-        )
+    if complaint.disk_is_full(failed.log) or _free_bytes(images_fd) < MIB:
+        return _disk_error(images_fd, name, complaint.tail(failed.log))
     return _error(failed, name, "save")
+
+
+def _disk_error(images_fd: int, name: str, log: list[str]) -> errors.InsufficientDisk:
+    free = _free_bytes(images_fd)
+    return errors.InsufficientDisk(
+        f"the disk for snapshots became full while {name} was saved ({format_size(free)} are free); "
+        "free some, or choose another with --disk-dir",
+        {"free_bytes": free, "criu_log": log},
+    )
+
+
+def _free_bytes(fd: int) -> int:
+    about = os.fstatvfs(fd)
+    return about.f_bavail * about.f_frsize
 
 
 def _error(failed: _Failed, name: str, action: str) -> errors.GpuschedError:
@@ -263,10 +331,6 @@ def _error(failed: _Failed, name: str, action: str) -> errors.GpuschedError:
     if failed.reason:
         return errors.CriuError(f"could not {action} {name}: {failed.reason}", details)
     return errors.CriuError(complaint.explain(failed.log, name, action), details)
-
-
-def _warnings(log: str) -> tuple[str, ...]:
-    return tuple(line for line in log.splitlines() if "Warn" in line)[:20]
 
 
 def _remove_remaps(inside: Inside) -> None:

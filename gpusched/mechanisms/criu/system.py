@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -84,20 +85,28 @@ class Seen(NamedTuple):
     identity: tuple[int, int]
 
 
-def look(inside: Inside, paths: Iterable[str]) -> dict[str, Seen | None]:
+def look(inside: Inside | None, paths: Iterable[str]) -> dict[str, Seen | None]:
     """Files as the tree sees them now; None where there is none, or only through a symbolic link.
 
-    The paths came from the kernel, without links: what is reached through one is not what it was. Blocks for 0.1 ms a
-    file.
+    Without a tree: as the host does, and so as fresh namespaces would. The paths came from the kernel, without links:
+    what is reached through one is not what it was. Blocks for 0.1 ms a file.
     """
     found: dict[str, Seen | None] = {}
     for path in sorted(paths):
         found[path] = None
         with contextlib.suppress(OSError):
             found[path] = see(
-                inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
+                _open_here(path)
+                if inside is None
+                else inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
             )
     return found
+
+
+def _open_here(path: str) -> int:
+    if os.path.realpath(path) != path:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    return os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def see(path_fd: int) -> Seen | None:

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from gpusched import errors
 from gpusched.mechanisms.criu import kept, manifest, opened, run, system
 from gpusched.mechanisms.criu.image import Draft, Image
+from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
 from gpusched.mechanisms.criu.manifest import Difference, Machine, UsedFile
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.run import MAIN_PID, Restored
 from gpusched.mechanisms.criu.system import Seen
+from gpusched.mechanisms.criu.threads import Captured
 
 SHM = "/dev/shm"  # noqa: S108 - this mount point, not a file in it
 _SHM_PART = "shm"
@@ -30,11 +32,12 @@ _SHM_PART = "shm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A tree in a draft: how long CRIU took, and what the tree relies on beside the image."""
+    """A tree in a draft: how long CRIU took, what the tree relies on beside the image, and for ``run.undo_dump``."""
 
     dump_s: float
     used: tuple[UsedFile, ...]
     unnamed: tuple[int, ...]
+    captured: Captured
 
 
 def save(
@@ -51,7 +54,6 @@ def save(
     Raises what ``run.dump`` does: then every process is as it was before. When the commit fails after it, call
     ``run.undo_dump``.
     """
-    before = inside.tasks()
     with draft.following():
         done = run.dump(
             program, inside, draft.criu_fd, name=name, timeout_s=timeout_s, main_pid=main_pid
@@ -63,15 +65,30 @@ def save(
         unnamed = opened.unnamed_files(tasks)
         used = kept.keep(draft, inside, system.used_files(inside, tasks))
     except BaseException:
-        run.undo_dump(inside, before)
+        run.undo_dump(inside, done.captured)
         raise
-    return Saved(dump_s=done.duration_s, used=used, unnamed=unnamed)
+    return Saved(dump_s=done.duration_s, used=used, unnamed=unnamed, captured=done.captured)
+
+
+def recover(program: Program, inside: Inside, store: ImageStore, image_id: str) -> None:
+    """What an earlier daemon left of a save: CRIU is ended, every process is as it was before, the draft is removed.
+
+    Does nothing where there is no draft. An image that is complete is not touched. Raises DeadlineExceeded,
+    Unavailable.
+    """
+    with store.draft_of(image_id) as images:
+        if images is not None:
+            run.recover_dump(program, inside, images)
+        else:
+            run.end_running_criu(program, inside)
+    store.discard(image_id)
 
 
 def differences(
-    image: Image, inside: Inside, now: Machine, replaced: Collection[str] = ()
+    image: Image, inside: Inside | None, now: Machine, replaced: Collection[str] = ()
 ) -> list[Difference]:
-    """What has changed since the image was made (``manifest.compare``), as fresh namespaces see it. Changes nothing.
+    """What has changed since the image was made (``manifest.compare``), as fresh namespaces see it (None: would
+    see it). Changes nothing.
 
     ``replaced``: paths that are given anew (the log).
     """
@@ -89,12 +106,14 @@ def bring_back(
     now: Machine,
     timeout_s: float,
     inherited: Mapping[str, int] | None = None,
+    own: Collection[tuple[int, int]] = (),
     main_pid: int = MAIN_PID,
 ) -> Restored:
     """Brings a tree back into fresh namespaces, verified and stopped; ``run.resume`` lets it go on.
 
-    ``inherited``: as for ``run.restore``. Raises CriuError (damaged, changed, or CRIU failed), DeadlineExceeded,
-    Unavailable: then nothing of it runs or is left in the namespaces, and the image is as it was.
+    ``inherited``: as for ``run.restore``. ``own``: (device, inode) of what the caller has put there. Raises CriuError
+    (damaged, changed, or CRIU failed), DeadlineExceeded, Unavailable: then nothing of it runs or is left in the
+    namespaces, and the image is as it was.
     """
     given = dict(inherited or {})
     seen = system.look(inside, (file.path for file in image.manifest.used))
@@ -122,7 +141,7 @@ def bring_back(
                 main_pid=main_pid,
             )
             allowed = {one.identity for one in [*_known(image, seen), *covered.values()]}
-            allowed |= {_identity(fd) for fd in given.values()}
+            allowed |= {_identity(fd) for fd in given.values()} | set(own)
             opened.check(inside, back.tasks, allowed, image.manifest.unnamed, name)
     except BaseException:
         run.end_everybody(inside)
