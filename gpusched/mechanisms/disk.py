@@ -178,7 +178,7 @@ class DiskTier:
                 draft.commit(self._about(launch, record, saved, pids))
                 size = disk_bytes(draft.fd)
             except BaseException:
-                run.undo_dump(inside, before)
+                run.undo_dump(inside, saved.captured)
                 raise
         return Saved(size_bytes=size, pids=pids)
 
