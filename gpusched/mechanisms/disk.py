@@ -37,6 +37,7 @@ from gpusched.ports import (
     Image,
     Launch,
     Member,
+    Obstacle,
     Revival,
     Saved,
     Woken,
@@ -45,6 +46,7 @@ from gpusched.units import MIB
 
 T = TypeVar("T")
 _THREADS: Final = 8
+_SYS_RESOURCE: Final = 24
 
 
 class NoDiskTier:
@@ -128,8 +130,11 @@ class DiskTier:
         with _still_there(launch.name), Inside(init) as inside:
             tasks = inside.tasks()
             own = sum(_bytes_below(path) for path in self._trees.own_directories(tree_id))
+            found = preflight.obstacles(inside, launch.name, gpu_released=is_frozen)
+            if launch.uid != 0 and not proc.has_capability(_SYS_RESOURCE):
+                found.append(_incapable(init.pid))
             return DiskFacts(
-                obstacles=tuple(preflight.obstacles(inside, launch.name, gpu_released=is_frozen)),
+                obstacles=tuple(found),
                 need_bytes=preflight.image_bytes(tasks) + own + MIB,
                 shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
             )
@@ -314,6 +319,16 @@ def _told(listed: Listed) -> Image:
         created_unix_s=about.created_unix_s,
         record=about.record["engine"],
         pids=dict(about.record["pids"]),
+    )
+
+
+def _incapable(pid: int) -> Obstacle:
+    """The limits of other users' processes are not root's to read without it, and CRIU reads them."""
+    return Obstacle(
+        pid=pid,
+        kind="capability",
+        message="the daemon lacks the capability SYS_RESOURCE, without which only root's own processes can be saved; "
+        "give it to its container",
     )
 
 
