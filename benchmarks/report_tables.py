@@ -287,6 +287,32 @@ def control_plane_full(page: Page) -> str:
     )
 
 
+def hibernate(page: Page) -> str:
+    """To disk, back, and into copies; each result by itself."""
+    texts = []
+    for found in of(page.results, "hibernate"):
+        measured = found.data["measured"]
+        about = found.machine["gpus"][0]["name"] if found.data["label"] != "cpu" else "no GPU state"
+        if found.data["simulated"]:
+            continue
+        rows = [
+            ["hibernate", seconds(measured["hibernate_ms"]["median"])],
+            ["wake", seconds(measured["wake_ms"]["median"])],
+            *(
+                [f"fork into {count}", seconds(one["median"])]
+                for count, one in measured["fork_ms"].items()
+            ),
+        ]
+        texts.append(
+            f"A process with {found.data['gigabytes']:g} GB and {about}, on {host(found.machine)}; contents verified after "
+            f"every wake and in every copy. The image is written at {measured['save']['share_of_disk']:.0%} of the disk's own "
+            f"sequential bandwidth in the same run, checksums and commit included, and comes back at "
+            f"{measured['revive']['share_of_disk']:.0%}. {page.link(found.path)}\n\n"
+            f"{table(['', 'seconds, median of ' + str(measured['wake_ms']['runs'])], rows)}"
+        )
+    return "\n".join(texts)
+
+
 def soak(page: Page) -> str:
     """The tests with their full counts, and what was flat over the swaps."""
     found = newest(page.results, "soak")
@@ -316,5 +342,6 @@ BLOCKS: dict[str, Callable[[Page], str]] = {
     "cold_start_full": lambda page: for_each(page, cold_start_full),
     "control_plane": control_plane,
     "control_plane_full": control_plane_full,
+    "hibernate": hibernate,
     "soak": soak,
 }

@@ -28,12 +28,17 @@ ROWS = [
     for found in re.findall(r"^\| `(\w+)` \| (?:`(--[\w-]+)`)? ?\| (.+?) \| .+ \|$", PAGE, re.M)
 ]
 #: Derived, or nothing: these have words for a default.
-WORDS = {"group": "none", "disk_dir": "none", "ram_budget": "80 % of the host's RAM"}
+WORDS = {
+    "group": "none",
+    "disk_dir": "`images` in `state_dir`",
+    "criu": "`$GPUSCHED_CRIU`",
+    "ram_budget": "80 % of the host's RAM",
+}
 
 
 @pytest.fixture
 def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GPUSCHED_SOCKET", *config.PASSED_ON):
+    for name in ("GPUSCHED_SOCKET", "GPUSCHED_CRIU", *config.PASSED_ON):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -97,6 +97,8 @@ def denied(daemon: PrivateDaemon, method: str, **params: Any) -> dict[str, Any]:
         ("logs", {"follow": True}),
         ("hibernate", {}),
         ("fork", {"copies": 2}),
+        ("verify_snapshot", {}),
+        ("delete_snapshot", {}),
     ],
 )
 def test_another_user_may_do_nothing_with_it(

@@ -17,7 +17,10 @@ _CAPABILITIES: Final = {
     "SETUID": (7, "running commands as their users"),
     "SYS_PTRACE": (19, "examining the processes of other users"),
     "SYS_ADMIN": (21, "namespaces, and with them the disk tier"),
-    "SYS_RESOURCE": (24, "guarding frozen processes from the OOM killer"),
+    "SYS_RESOURCE": (
+        24,
+        "guarding frozen processes from the OOM killer, saving other users' processes",
+    ),
 }
 _SYS_PTRACE: Final = 1 << 19
 _IPC_LOCK: Final = 1 << 14

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu import kept, manifest, preflight, run, system, tree
+from gpusched.mechanisms.criu import manifest, preflight, run, system, tree
 from gpusched.mechanisms.criu.image import About
 from gpusched.mechanisms.criu.image import Image as StoredImage
 from gpusched.mechanisms.criu.images import ImageStore, Listed
@@ -38,6 +37,7 @@ from gpusched.ports import (
     Image,
     Launch,
     Member,
+    Obstacle,
     Revival,
     Saved,
     Woken,
@@ -46,6 +46,7 @@ from gpusched.units import MIB
 
 T = TypeVar("T")
 _THREADS: Final = 8
+_SYS_RESOURCE: Final = 24
 
 
 class NoDiskTier:
@@ -96,9 +97,6 @@ class DiskTier:
         self._program = program
         self._driver = driver
         self._sizes: dict[str, int] = {}
-        # Libraries are kept by a hard link; on another file system than theirs, by copies.
-        elsewhere = root.stat().st_dev != Path(sys.executable).stat().st_dev
-        self._copies_bytes = kept.COPY_ALL_BYTES if elsewhere else 0
         self._turns: dict[str, threading.Lock] = {}
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
 
@@ -132,9 +130,12 @@ class DiskTier:
         with _still_there(launch.name), Inside(init) as inside:
             tasks = inside.tasks()
             own = sum(_bytes_below(path) for path in self._trees.own_directories(tree_id))
+            found = preflight.obstacles(inside, launch.name, gpu_released=is_frozen)
+            if launch.uid != 0 and not proc.has_capability(_SYS_RESOURCE):
+                found.append(_incapable(init.pid))
             return DiskFacts(
-                obstacles=tuple(preflight.obstacles(inside, launch.name, gpu_released=is_frozen)),
-                need_bytes=preflight.image_bytes(tasks) + own + self._copies_bytes + MIB,
+                obstacles=tuple(found),
+                need_bytes=preflight.image_bytes(tasks) + own + MIB,
                 shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
             )
 
@@ -168,8 +169,7 @@ class DiskTier:
             Inside(init) as inside,
             self._store.begin(image_id) as draft,
         ):
-            before = inside.tasks()
-            pids = {task.pid: task.inner_pid for task in before}
+            pids = {task.pid: task.inner_pid for task in inside.tasks()}
             limit_s = run.time_limit_s(need_bytes)
             saved = tree.save(self._program, inside, draft, name=launch.name, timeout_s=limit_s)
             try:
@@ -282,11 +282,17 @@ class DiskTier:
         return found
 
     def _images(self) -> list[Image]:
-        for init in self._trees.inits():  # what an earlier daemon had set to work there
+        for tree_id, init in self._trees.inits().items():
             with contextlib.suppress(errors.NotFound, errors.Unsupported), Inside(init) as inside:
-                run.end_running_criu(self._program, inside)
+                self._recover(tree_id, inside)
         self._store.collect()
         return [_told(each) for each in self._store.images()]
+
+    def _recover(self, tree_id: str, inside: Inside) -> None:
+        """Ends what an earlier daemon had set to work on a tree, and puts its processes back as they were."""
+        run.end_running_criu(self._program, inside)
+        for path in self._store.root.glob(f"{tree_id}-*.tmp"):
+            tree.recover(self._program, inside, self._store, path.name.removesuffix(".tmp"))
 
     async def verify(self, image_id: str) -> None:
         await self._do(self._verify, image_id)
@@ -313,6 +319,16 @@ def _told(listed: Listed) -> Image:
         created_unix_s=about.created_unix_s,
         record=about.record["engine"],
         pids=dict(about.record["pids"]),
+    )
+
+
+def _incapable(pid: int) -> Obstacle:
+    """The limits of other users' processes are not root's to read without it, and CRIU reads them."""
+    return Obstacle(
+        pid=pid,
+        kind="capability",
+        message="the daemon lacks the capability SYS_RESOURCE, without which only root's own processes can be saved; "
+        "give it to its container",
     )
 
 

@@ -112,6 +112,14 @@ def _status_line(pid: int, name: bytes) -> bytes:
     return text[begin : text.index(b"\n", begin)]
 
 
+def has_capability(number: int) -> bool:
+    """Whether this process has it in effect."""
+    try:
+        return bool(int(_status_line(os.getpid(), b"CapEff:"), 16) >> number & 1)
+    except (OSError, ValueError):
+        return False
+
+
 def waits_in_vfork(pid: int) -> bool:
     """Whether a process does nothing but wait for a vfork child: each thread is in vfork, or stopped.
 

@@ -150,10 +150,10 @@ class TreeKeeper:
         """How a tree was started; None where that is not recorded."""
         return self._files(tree_id).launch()
 
-    def inits(self) -> list[Identity]:
+    def inits(self) -> dict[str, Identity]:
         """The supervisors of all trees that there are."""
         files = (TreeFiles(path) for path in self._root.iterdir())
-        return [init for each in files if (init := each.supervisor()) is not None]
+        return {f.path.name: init for f in files if (init := f.supervisor()) is not None}
 
     def init_of(self, tree_id: str) -> Identity | None:
         """The supervisor of a tree, which is the init of an isolated one."""
