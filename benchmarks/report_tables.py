@@ -304,9 +304,10 @@ def hibernate(page: Page) -> str:
             ),
         ]
         texts.append(
-            f"A process with {found.data['gigabytes']:g} GB and {about}, on {host(found.machine)}; contents verified after "
-            f"every wake and in every copy. The image is written at {measured['save']['share_of_disk']:.0%} of the disk's own "
-            f"sequential bandwidth in the same run, checksums and commit included, and comes back at "
+            f"A process with {found.data['gigabytes']:g} GB and {about}, on {host(found.machine)}; contents "
+            f"verified after every wake and in every copy. The image is written at "
+            f"{measured['save']['share_of_disk']:.0%} of the disk's own sequential bandwidth in the same run, "
+            f"checksums and commit included, and comes back at "
             f"{measured['revive']['share_of_disk']:.0%}. {page.link(found.path)}\n\n"
             f"{table(['', 'seconds, median of ' + str(measured['wake_ms']['runs'])], rows)}"
         )
