@@ -75,9 +75,13 @@ class Start:
 
 @dataclass(slots=True, kw_only=True)
 class Device:
-    """One kind of device with everything that was measured on it; ``machine`` is that of the newest file."""
+    """One kind of device with everything that was measured on it; ``machine`` is that of one file.
+
+    ``hosts``: benchmark -> the different hosts that it ran on, in words.
+    """
 
     machine: Mapping[str, Any]
+    hosts: dict[str, list[str]] = field(default_factory=dict)
     moves: dict[tuple[float, str], Moves] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
     #: (way, GB or 0 for all, why) of what could not be measured.
@@ -87,13 +91,9 @@ class Device:
     def gpu(self) -> str:
         return str(self.machine["gpus"][0]["name"])
 
-    @property
-    def title(self) -> str:
-        """The machine in one line."""
-        m = self.machine
-        return (
-            f"{self.gpu}, driver {m['driver']}, {m['cores']} cores, {m['ram_gib']:.0f} GiB of RAM"
-        )
+    def title(self, benchmark: str) -> str:
+        """The device and the hosts of one benchmark in one line."""
+        return f"{self.gpu}, driver {self.machine['driver']}, {'; '.join(self.hosts[benchmark])}"
 
     @property
     def slug(self) -> str:
@@ -128,7 +128,11 @@ def devices(results: Iterable[Result]) -> list[Device]:
         if result.data.get("benchmark") not in {"freeze_thaw", "cold_start"}:
             continue
         device = found.setdefault(result.device, Device(machine=result.machine))
-        device.machine = result.machine
+        m = result.machine
+        host = f"{m['cores']} cores, {m['ram_gib']:.0f} GiB of RAM"
+        hosts = device.hosts.setdefault(result.data["benchmark"], [])
+        if host not in hosts:
+            hosts.append(host)
         for row in result.data.get("rows", ()):
             _add_moves(device, result, row)
         for row in result.data.get("models", ()):

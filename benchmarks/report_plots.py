@@ -40,20 +40,20 @@ def wanted(page: Page) -> dict[str, tuple[str, Callable[[Any], Any]]]:
         if device.moves:
             shown = [asdict(moves) | {"paths": None} for moves in device.moves.values()]
             found[plot_name("freeze_thaw", device)] = (
-                digest(device, shown),
+                digest(device.title("freeze_thaw"), shown),
                 partial(freeze_thaw, device),
             )
         if device.starts:
             shown = [asdict(start) | {"paths": None} for start in device.starts.values()]
             found[plot_name("cold_start", device)] = (
-                digest(device, shown),
+                digest(device.title("cold_start"), shown),
                 partial(cold_start, device),
             )
     return found
 
 
-def digest(device: Device, shown: Any) -> str:
-    text = json.dumps([device.title, shown], sort_keys=True) + Path(__file__).read_text()
+def digest(title: str, shown: Any) -> str:
+    text = json.dumps([title, shown], sort_keys=True) + Path(__file__).read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,7 +106,13 @@ def freeze_thaw(device: Device, plt: Any) -> Any:
         label.set_fontweight("bold" if way == "gpusched" else "normal")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (OFF, BACK)]
     names = ["VRAM to host RAM (freeze)", "back to VRAM (thaw)"]
-    caption(figure, handles, names, "Taking a process's VRAM away and bringing it back", device)
+    caption(
+        figure,
+        handles,
+        names,
+        "Taking a process's VRAM away and bringing it back",
+        device.title("freeze_thaw"),
+    )
     return figure
 
 
@@ -132,7 +138,13 @@ def cold_start(device: Device, plt: Any) -> Any:
     panels[0][0].set_yticks((2, 1, 0), ["cold start", "freeze", "thaw to first token"])
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PARTS]
     names = ["interpreter and imports", "weights from a file in RAM", "first token"]
-    caption(figure, handles, names, "From nothing, and from frozen, to the first token", device)
+    caption(
+        figure,
+        handles,
+        names,
+        "From nothing, and from frozen, to the first token",
+        device.title("cold_start"),
+    )
     return figure
 
 
@@ -161,13 +173,11 @@ def finish(panel: Any, longest: float, title: str) -> None:
     panel.tick_params(axis="y", length=0)
 
 
-def caption(
-    figure: Any, handles: Iterable[Any], names: list[str], title: str, device: Device
-) -> None:
+def caption(figure: Any, handles: Iterable[Any], names: list[str], title: str, about: str) -> None:
     figure.tight_layout()
     height = figure.get_size_inches()[1]
-    about = f"{device.title}; medians, whiskers from minimum to maximum"
-    figure.suptitle(f"{title}\n{about}", y=1 + 0.42 / height, fontsize=11.5)
+    whiskers = "medians, whiskers from minimum to maximum"
+    figure.suptitle(f"{title}\n{about}; {whiskers}", y=1 + 0.42 / height, fontsize=11.5)
     figure.legend(
         handles, names, loc="upper center", ncols=len(names), frameon=False,
         bbox_to_anchor=(0.5, 0.02), fontsize=9.5,

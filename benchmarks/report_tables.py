@@ -14,6 +14,7 @@ from report_data import (
     WAYS,
     Device,
     Result,
+    Start,
     devices,
     in_order,
     newest,
@@ -115,7 +116,7 @@ def freeze_thaw(page: Page, device: Device) -> str:
         f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
         f"Seconds to take a process's VRAM away / to bring it back, by its size:\n\n"
         f"{table(['', *(f'{size:g} GB' for size in sizes)], rows)}\n"
-        f"{device.title}; medians of {runs}, contents verified after each. "
+        f"{device.title('freeze_thaw')}; medians of {runs}, contents verified after each. "
         f"{page.links(p for m in device.moves.values() for p in m.paths)}\n"
     )
 
@@ -154,10 +155,15 @@ def freeze_thaw_full(page: Page, device: Device) -> str:
     )
     return (
         f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
-        f"{device.title}. Median (minimum-maximum); contents verified after every run. From "
+        f"{device.title('freeze_thaw')}. Median (minimum-maximum); contents verified after every run. From "
         f"{page.links(p for m in device.moves.values() for p in m.paths)}.\n\n"
         f"{table(head, rows)}{skipped}{text if over else ''}"
     )
+
+
+def runs_of(starts: Iterable[Start]) -> list[int]:
+    """How often each was started, and how often frozen and thawed."""
+    return [len(times) for start in starts for times in (start.cold_start_ms, start.thaw_ms)]
 
 
 def cold_start(page: Page, device: Device) -> str:
@@ -190,7 +196,7 @@ def cold_start(page: Page, device: Device) -> str:
     )
     return (
         f"{table(head, rows)}\n"
-        f"{device.title}; medians of {counts(len(s.cold_start_ms) for s in device.starts.values())}; after every thaw "
+        f"{device.title('cold_start')}; medians of {counts(runs_of(device.starts.values()))}; after every thaw "
         f"the token and a digest of all weights were the same. "
         f"{page.links(p for s in device.starts.values() for p in s.paths)}\n"
     )
@@ -216,7 +222,7 @@ def cold_start_full(page: Page, device: Device) -> str:
     )
     return (
         f"{page.picture(plot_name('cold_start', device), f'Cold start and thaw on {device.gpu}')}\n\n"
-        f"{device.title}. Seconds, median (minimum-maximum) of {counts(len(s.cold_start_ms) for s in starts)}. "
+        f"{device.title('cold_start')}. Seconds, median (minimum-maximum) of {counts(runs_of(starts))}. "
         f"{'; '.join(about)}. From {page.links(p for s in starts for p in s.paths)}.\n\n"
         f"{table(['seconds', *(s.model for s in starts)], rows)}"
     )
