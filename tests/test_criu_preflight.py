@@ -87,9 +87,16 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        thread = threading.Thread(target=lambda: accepted.append(listener.accept()), daemon=True)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # nobody came
+                accepted.append(listener.accept())
+
+        thread = threading.Thread(target=accept)
         thread.start()
         yield tmp_path
+        listener.shutdown(socket.SHUT_RDWR)  # wakes it
+        thread.join()
     for connection, _ in accepted:
         connection.close()
 

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside, Task, open_log
 from gpusched.mechanisms.criu.program import Program
+from gpusched.mechanisms.criu.system import read_machine
 from gpusched.ports import Identity
 from isolated import PYTHON, Isolated, about, bring_back, counting, isolated, save
 
@@ -240,7 +242,7 @@ def test_a_dump_that_is_ended_at_any_moment_leaves_the_process_running_and_no_im
         for _ in range(100 if soak else 10):
             killer = threading.Timer(dice.uniform(0.0, 0.15), run.end_running_criu, (criu, inside))
             killer.start()
-            survives(criu, tree, inside, store, ended, killer.join)
+            survives(criu, tree, inside, store, ended, killer, threading.Event())
         tree.wait_for_more(25)
         assert len(tree.sums()) == 1
     assert ended == {"could not save job: CRIU was ended by signal 9"}
@@ -251,11 +253,18 @@ def test_criu_killed_while_it_writes_leaves_the_process_running_and_no_image(
 ) -> None:
     dice = random.Random(os.urandom(8))
     ended = set[str]()
-    pages = store.root / "a.tmp/criu/pages-1.img"
+    pages, over = store.root / "a.tmp/criu/pages-1.img", threading.Event()
+
+    def is_writing() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return pages.stat().st_size > 8 << 20
+        return False
 
     def kill_while_writing() -> None:
-        wait_until(lambda: pages.exists() and pages.stat().st_size, within_s=10, what="it writes")
-        time.sleep(dice.uniform(0.0, 0.02))
+        while not is_writing():  # it takes 0.1 s
+            if over.wait(0.001):
+                return
+        time.sleep(dice.uniform(0.0, 0.01))
         for pid in run.find_running_criu(criu, inside):
             with contextlib.suppress(ProcessLookupError):
                 if proc.inner_pid(pid) != pid:  # nsenter is left, as when somebody else does it
@@ -263,9 +272,10 @@ def test_criu_killed_while_it_writes_leaves_the_process_running_and_no_image(
 
     with counting(tmp_path / "log", mib=160) as tree, Inside(tree.init) as inside:
         for _ in range(100 if soak else 10):
+            over.clear()
             killer = threading.Thread(target=kill_while_writing)
             killer.start()
-            survives(criu, tree, inside, store, ended, killer.join)
+            survives(criu, tree, inside, store, ended, killer, over)
         tree.wait_for_more(25)
         assert len(tree.sums()) == 1
     assert ended == {"could not save job: CRIU was ended by signal 9"}
@@ -277,7 +287,8 @@ def survives(
     inside: Inside,
     store: ImageStore,
     ended: set[str],
-    wait: Callable[[], None],
+    killer: threading.Thread,
+    over: threading.Event,
 ) -> None:
     """One save, with somebody who ends it; why it ended goes into ``ended``."""
     try:
@@ -290,7 +301,8 @@ def survives(
         store.delete("a")
         run.resume(inside.tasks())
     finally:
-        wait()
+        over.set()
+        killer.join()
     assert store.used_bytes() == 0
     assert run.find_running_criu(criu, inside) == []
     tree.wait_for_more()
@@ -393,3 +405,130 @@ def test_files_are_opened_as_the_tree_sees_them_and_logs_only_where_they_are_the
         for path in ("other", "link", ""):  # of somebody else, a link, a directory
             with pytest.raises(OSError):
                 open_log(inside, str(tmp_path / path), 65534, 65534)
+
+
+# -- what somebody may put in the place of a file -------------------------------------------------
+
+HOLDER = """
+import ctypes, sys, time
+held = open(sys.argv[1], "r+")
+library = ctypes.CDLL(sys.argv[2]) if len(sys.argv) > 2 else None
+n = 0
+while True:
+    n += 1
+    print(n, ctypes.c_char_p.in_dll(library, "told").value.decode() if library else held.readline(), flush=True)
+    held.seek(0)
+    time.sleep(0.01)
+"""
+
+
+@contextlib.contextmanager
+def saved_holder(
+    tmp_path: Path, store: ImageStore, criu: Program, *libraries: Path
+) -> Iterator[Path]:
+    """A process with a file open, saved; gives the file."""
+    data = tmp_path / "data"
+    data.write_text("mine\n")
+    argv = [*PYTHON, "-c", HOLDER, str(data), *map(str, libraries)]
+    with isolated(tmp_path / "log", argv) as tree:
+        wait_until(lambda: len(tree.counts()) > 1, within_s=10, what="it holds it")
+        save(criu, tree, store)
+    yield data
+
+
+@pytest.mark.parametrize("what", ["link", "other", "owner"])
+def test_another_file_in_the_place_of_an_open_one_is_refused(
+    what: str, tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root\n")
+    with saved_holder(tmp_path, store, criu) as data:
+        if what == "owner":
+            os.chown(data, 65534, 65534)
+        else:
+            data.unlink()
+            data.symlink_to(secret) if what == "link" else data.write_text("root\n")
+    with (
+        isolated(tmp_path / "log2") as tree,
+        pytest.raises(errors.CriuError, match="cannot come back: ") as said,
+    ):
+        bring_back(criu, tree, store, tmp_path / "log")
+    assert f"{tmp_path}/data is" in str(said.value)
+    assert not tree.counts()
+
+
+def test_a_link_that_appears_between_the_check_and_the_restore_gives_nobody_a_file_of_roots(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root\n")
+    with saved_holder(tmp_path, store, criu) as data:
+        real = run.restore
+
+    def restore(*args: Any, **more: Any) -> run.Restored:
+        data.unlink()
+        data.symlink_to(secret)
+        return real(*args, **more)
+
+    monkeypatch.setattr(run, "restore", restore)
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with pytest.raises(errors.CriuError, match=f"came back with {secret} open"):
+            bring_back(criu, tree, store, tmp_path / "log")
+        assert inside.everybody() == []
+    assert tree.counts() == []
+
+
+def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root\n")
+    script = "import time\nheld = open('/dev/shm/x', 'w+')\nprint(1, flush=True)\ntime.sleep(99)"
+    with isolated(tmp_path / "log", [*PYTHON, "-c", script]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds it")
+        real = run.dump
+
+        def dump(*args: Any, **more: Any) -> run.Done:
+            done = real(*args, **more)
+            shm_file(tree, "x").unlink()  # through /proc/PID/root, as their user can
+            shm_file(tree, "x").symlink_to(secret)
+            return done
+
+        monkeypatch.setattr(run, "dump", dump)
+        save(criu, tree, store)
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with pytest.raises(errors.CriuError, match=f"came back with {secret} open"):
+            bring_back(criu, tree, store, tmp_path / "log")
+        assert inside.everybody() == []
+
+
+def test_a_library_that_was_upgraded_does_not_strand_an_image(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    old, new = tmp_path / "libtold.so", tmp_path / "new.so"
+    for path, word in ((old, "old"), (new, "new")):
+        source = f'char *told = "{word} {"x" * len(path.name)}";'
+        command = [compiler, "-shared", "-x", "c", "-", "-o", str(path), "-Wl,--build-id"]
+        subprocess.run(command, input=source.encode(), check=True, timeout=30)
+    with saved_holder(tmp_path, store, criu, old):
+        pass
+    new.rename(old)  # as package managers do
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with store.open("a") as image:
+            kept_file = next(one for one in image.manifest.used if one.path == str(old))
+            assert kept_file.kept
+            (change,) = trees.differences(
+                image, inside, read_machine(criu), [str(tmp_path / "log")]
+            )
+        assert (change.kind, change.blocks) == ("file", False)
+        assert "the image has a copy" in change.message
+        bring_back(criu, tree, store, tmp_path / "log")
+        tree.wait_for_more()
+        assert tree.sums() == {"old"}
+        # Only the process that was saved still has it.
+        mounts = Path(f"/proc/{tree.init.pid}/mountinfo").read_text()
+        assert str(old) not in mounts
+    assert all(path.stat().st_nlink == 1 for path in store.root.rglob("kept/*"))

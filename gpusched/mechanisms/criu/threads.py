@@ -39,7 +39,10 @@ _RECEIVE: Final = frozenset({"45", "47"} if _IS_X86 else {"207", "212"})
 _PARASITE: Final = b"/memfd:CRIUMFD"
 _WALL: Final = 0x40000000
 _MAX_REGSET: Final = 16384
-_CODE_BYTES: Final = 4096
+#: CRIU writes at most so much there.
+_CODE_BYTES: Final = 64
+#: Every signal but KILL and STOP, as CRIU blocks them.
+_ALL_BLOCKED: Final = (0xFFFF_FFFF_FFFF_FFFF & ~(1 << 8) & ~(1 << 18)).to_bytes(8, "little")
 _WAIT_S: Final = 5.0
 _STOP_S: Final = 5.0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,13 +62,14 @@ class ThreadState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
-    """``code``: address -> what is at the beginnings of its program parts, where CRIU puts its own for moments."""
+    """``code`` is what is at ``site``, the beginning of its first program part, where CRIU puts its own for moments."""
 
     pid: int
     start_ticks: int
     was_stopped: bool
     threads: tuple[ThreadState, ...] = ()
-    code: dict[int, bytes] = {}
+    site: int = 0
+    code: bytes = b""
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +148,8 @@ def _capture(task: Task, was_stopped: bool) -> ProcessState:
                 )
                 for tid in tids
             )
-            code = _read_code(task.pid)
+            site = _site(task.pid)
+            code = _read_memory(task.pid, site)
     except OSError as error:
         raise errors.CriuError(
             f"process {task.pid} cannot be examined before it is saved: {error}"
@@ -154,6 +159,7 @@ def _capture(task: Task, was_stopped: bool) -> ProcessState:
         start_ticks=task.start_ticks,
         was_stopped=was_stopped,
         threads=threads,
+        site=site,
         code=code,
     )
 
@@ -162,9 +168,11 @@ def _capture(task: Task, was_stopped: bool) -> ProcessState:
 
 
 def put_back(captured: Captured) -> None:
-    """Gives every process its state back and leaves it stopped. No CRIU may be left.
+    """Takes out of every process what CRIU has left in it, which leaves it stopped. No CRIU may be left.
 
-    A process that has ended, or that somebody let go on meanwhile, is passed over.
+    Only threads in CRIU's code get their registers back: a main thread that cures itself when CRIU ends may have gone
+    on a little way before the kernel stopped it, and would be set back in time. A process that has ended, or that
+    somebody let go on meanwhile, is passed over.
     """
     for process in captured.processes:
         found = proc.read_stat(process.pid)
@@ -176,7 +184,7 @@ def put_back(captured: Captured) -> None:
                 _write_code(process)
                 for thread in process.threads:
                     if thread.tid in tids and not (cures and thread.tid == process.pid):
-                        _put_thread_back(thread)
+                        _put_thread_back(process, thread)
 
 
 def go_on(inside: Inside, captured: Captured) -> None:
@@ -189,11 +197,14 @@ def go_on(inside: Inside, captured: Captured) -> None:
             send(task.pid, task.start_ticks, signal.SIGSTOP)
 
 
-def _put_thread_back(thread: ThreadState) -> None:
-    _set(thread.tid, _X86_XSTATE if _IS_X86 else _FPREGS, thread.extended)
-    _set(thread.tid, _PRSTATUS, thread.registers)
-    mask = ctypes.create_string_buffer(thread.signal_mask, 8)
-    _ptrace(_SETSIGMASK, thread.tid, 8, ctypes.addressof(mask))
+def _put_thread_back(process: ProcessState, thread: ThreadState) -> None:
+    address = _instruction(_get_set(thread.tid, _PRSTATUS))
+    if _is_at(process.site, address) or _is_in_parasite(process.pid, address):
+        _set(thread.tid, _X86_XSTATE if _IS_X86 else _FPREGS, thread.extended)
+        _set(thread.tid, _PRSTATUS, thread.registers)
+    if _signal_mask(thread.tid) == _ALL_BLOCKED:
+        mask = ctypes.create_string_buffer(thread.signal_mask, 8)
+        _ptrace(_SETSIGMASK, thread.tid, 8, ctypes.addressof(mask))
     if _IS_X86:  # a breakpoint of CRIU's outlives it; control first
         for number in (7, 0, 1, 2, 3):
             _ptrace(_POKEUSER, thread.tid, _DEBUG_REGISTERS + 8 * number, 0)
@@ -209,11 +220,11 @@ def may_be_left(tasks: Iterable[Task]) -> bool:
     trap when the tracer dies, and nobody can take it back.
     """
     for task in tasks:
-        site = next(iter(_program_parts(_maps(task.pid))), 0)
+        site = _site(task.pid)
         for where in _threads_of(task.pid):
             if where.state in "TS" or where.is_receiving:
                 continue
-            if where.state != "t" or site <= where.address < site + _CODE_BYTES:
+            if where.state != "t" or _is_at(site, where.address):
                 return False
             if _is_in_parasite(task.pid, where.address):
                 return False
@@ -319,30 +330,33 @@ def _signal_mask(tid: int) -> bytes:
 # -- code -----------------------------------------------------------------------------------------
 
 
-def _read_code(pid: int) -> dict[int, bytes]:
-    found = {}
+def _site(pid: int) -> int:
+    """Where CRIU puts its first code: the beginning of the first executable mapping."""
+    for line in _maps(pid):
+        if line.split(None, 2)[1][2:3] == b"x":
+            return int(line.split(b"-", 1)[0], 16)
+    return 0
+
+
+def _is_at(site: int, address: int) -> bool:
+    return site <= address < site + _CODE_BYTES
+
+
+def _instruction(registers: bytes) -> int:
+    """The program counter in NT_PRSTATUS."""
+    offset = 16 * 8 if _IS_X86 else 32 * 8
+    return int.from_bytes(registers[offset : offset + 8], "little")
+
+
+def _read_memory(pid: int, address: int) -> bytes:
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for address in _program_parts(Path(f"/proc/{pid}/maps").read_bytes().splitlines()):
-            with contextlib.suppress(OSError):
-                memory.seek(address)
-                found[address] = memory.read(_CODE_BYTES)
-    return found
+        memory.seek(address)
+        return memory.read(_CODE_BYTES)
 
 
 def _write_code(process: ProcessState) -> None:
-    """Only what differs: a page that is written to is no longer shared with the file."""
-    with Path(f"/proc/{process.pid}/mem").open("r+b", buffering=0) as memory:
-        for address, content in process.code.items():
-            memory.seek(address)
-            if memory.read(len(content)) != content:
-                memory.seek(address)
-                memory.write(content)
-
-
-def _program_parts(lines: Iterable[bytes]) -> Iterator[int]:
-    """Where the executable mappings begin, from /proc/PID/maps; not the kernel's own."""
-    for line in lines:
-        fields = line.split(None, 5)
-        is_kernels = len(fields) == 6 and fields[5].startswith((b"[vsyscall", b"[vdso", b"[vvar"))
-        if fields[1][2:3] == b"x" and not is_kernels:
-            yield int(fields[0].split(b"-")[0], 16)
+    """Only where it differs: a page that is written to is no longer shared with the file."""
+    if process.code and _read_memory(process.pid, process.site) != process.code:
+        with Path(f"/proc/{process.pid}/mem").open("r+b", buffering=0) as memory:
+            memory.seek(process.site)
+            memory.write(process.code)
