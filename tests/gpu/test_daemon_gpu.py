@@ -196,11 +196,11 @@ with GpuSched(sys.argv[1]) as client:
 @pytest.mark.root
 def test_a_daemon_of_an_ordinary_user_moves_its_own_processes() -> None:
     nobody = 65534
-    look = subprocess.run(
-        [sys.executable, "-c", "import gpusched.daemon"], user=nobody, check=False
-    )
-    if look.returncode != 0:
-        pytest.skip("another user cannot read this checkout or its packages")
+    look = [sys.executable, "-c", "import gpusched.daemon"]
+    try:
+        subprocess.run(look, user=nobody, group=nobody, extra_groups=(), check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("another user cannot run this interpreter or read this checkout")
     daemon = PrivateDaemon(backend="cuda", user=nobody)
     try:
         daemon.start()
