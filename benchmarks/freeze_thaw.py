@@ -9,6 +9,7 @@ The ways, of which the first three act on the same process, the shipped workload
 - ``fresh``: the same calls, with a process started for each action (``one_call.py``);
 - ``torch_memory_saver`` and ``torch_memory_saver_kept``, ``to_cpu``, ``pinned``: see ``torch_peer.py``.
 
+Before them the workload's own cold start, from the request to run it until its contents are in VRAM and digested.
 Sizes are decimal GB of contents; times are wall times as the caller sees them. The contents are digested on the GPU
 after every run. Host RAM is touched once before, and every way goes once over a small process. What cannot be tried is
 in the result with its reason. The result is saved after every run, so that one that is cut off keeps what it has.
@@ -77,8 +78,10 @@ class Target:
         self.client, self.name = client, f"w{gigabytes:g}"
         size = f"{max(1, round(gigabytes * 1e9 / MIB))}M"
         command = [sys.executable, "-m", "gpusched.workload", "--vram", size]
+        begun = time.monotonic()
         pid = self.pid = client.run(self.name, command)["pid"]
         self.digest = wait_for_lines(client, self.name, 1)[0][1]
+        self.cold_start_ms = round((time.monotonic() - begun) * 1000, 2)
         self.acts: dict[str, tuple[Act, Act]] = {
             "gpusched": (lambda: client.freeze(self.name), lambda: client.thaw(self.name)),
             "fresh": (lambda: fresh("freeze", pid), lambda: fresh("thaw", pid)),
@@ -117,6 +120,7 @@ class Session:
     def __init__(self, out: Path | None, *, rehearsal: bool) -> None:
         self.result = machine.new_result("freeze_thaw", rehearsal=rehearsal)
         self.result |= {"rows": [], "skipped": [], "idle_mib": machine.used_mib()}
+        self.result["cold_starts_ms"] = {}  # of the workload, by size
         self.rehearsal, self.out = rehearsal, out
         self.name = machine.file_name(self.result)
 
@@ -135,6 +139,13 @@ class Session:
         self.save()
         if not run["right"]:
             raise SystemExit(f"{way} at {gigabytes:g} GB: the contents changed")
+
+    def note_start(self, gigabytes: float, target: Target) -> None:
+        """Adds one cold start: from the request to run until the contents are in VRAM and digested."""
+        starts = self.result["cold_starts_ms"].setdefault(f"{gigabytes:g}", [])
+        starts.append(target.cold_start_ms)
+        self.say(f"{gigabytes:6g} GB  cold start {target.cold_start_ms:9.1f} ms")
+        self.save()
 
     def skip(self, way: str, why: str, gigabytes: float | None = None) -> None:
         self.result["skipped"].append({"way": way, "gigabytes": gigabytes, "why": why})
@@ -199,7 +210,13 @@ def driver_ways(session: Session, options: argparse.Namespace, ways: Sequence[st
         client.kill(warm_up.name)
         for size, runs, these in sizes:
             if fits(session, client, size):
-                one_size(session, client, Target(client, size, bare), size, runs, these)
+                target = Target(client, size, bare)
+                session.note_start(size, target)
+                for _ in range(runs - 1):  # as many starts as runs; the last process stays
+                    client.kill(target.name)
+                    target = Target(client, size, bare)
+                    session.note_start(size, target)
+                one_size(session, client, target, size, runs, these)
 
 
 # -- PyTorch's ways -------------------------------------------------------------------------------

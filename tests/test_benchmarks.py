@@ -59,6 +59,9 @@ def test_every_size_and_way_is_measured_or_says_why_not(tmp_path: Path) -> None:
     }
     for runs in rows.values():
         assert all(run["right"] and run["freeze_ms"] > 0 < run["thaw_ms"] for run in runs)
+    starts = result["cold_starts_ms"]
+    assert {size: len(times) for size, times in starts.items()} == {"0.01": 2, "0.02": 2, "0.03": 1}
+    assert min(min(times) for times in starts.values()) > 0
     skipped = {each["way"]: each["why"] for each in result["skipped"]}
     assert skipped["bare"] == skipped["fresh"] == "the bare calls need a real driver"
     for way in ("torch_memory_saver", "torch_memory_saver_kept", "to_cpu", "pinned"):
