@@ -483,7 +483,8 @@ def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("root\n")
-    script = "import time\nheld = open('/dev/shm/x', 'w+')\nprint(1, flush=True)\ntime.sleep(99)"
+    script = "import os, time\nheld = open('/dev/shm/x', 'w+')\nos.write(held.fileno(), b'mine.')\n"
+    script += "print(1, flush=True)\ntime.sleep(99)"
     with isolated(tmp_path / "log", [*PYTHON, "-c", script]) as tree, Inside(tree.init) as inside:
         wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds it")
         real = run.dump
