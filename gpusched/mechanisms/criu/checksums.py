@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -31,7 +31,11 @@ _CHUNK_BYTES: Final = 512 * KIB
 #: Reads in flight; disks want several, more than processors are there.
 _THREADS: Final = 4
 _POLL_S: Final = 0.01
-_SYNC_FILE_RANGE_WRITE: Final = 2
+_PACE_S: Final = 0.002
+#: What a file that is followed keeps of the page cache. More would slow the host down when RAM is short, which is when
+#: things are saved to disk; and in a virtual machine fresh memory comes more slowly than the disk takes it.
+_CACHED_BYTES: Final = 128 * MIB
+_SYNC_WRITE, _SYNC_WAIT = 2, 1 | 2 | 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -54,6 +58,7 @@ class _Running:
     size: int = 0
     pieces: list[int] = field(default_factory=list)
     synced: int = 0
+    dropped: int = 0
 
     def read_on(self, buffer: memoryview) -> bool:
         """Reads one chunk more. False at the end of the file, as it is now."""
@@ -70,9 +75,15 @@ class _Running:
     def start_writing(self) -> None:
         """Has the kernel begin to write what is new, so that the fsync at the end finds little to do."""
         if self.size - self.synced >= PIECE_BYTES:
-            offset, count = ctypes.c_int64(self.synced), ctypes.c_int64(self.size - self.synced)
-            _libc.sync_file_range(self.fd, offset, count, _SYNC_FILE_RANGE_WRITE)
+            _sync_range(self.fd, self.synced, self.size - self.synced, _SYNC_WRITE)
             self.synced = self.size
+
+    def drop_behind(self) -> None:
+        """Waits for what was written long ago, and frees the memory that it takes."""
+        while self.synced - self.dropped > _CACHED_BYTES:
+            _sync_range(self.fd, self.dropped, PIECE_BYTES, _SYNC_WAIT)
+            os.posix_fadvise(self.fd, self.dropped, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
+            self.dropped += PIECE_BYTES
 
     def result(self) -> FileSum:
         return FileSum(size_bytes=self.size, pieces=tuple(self.pieces))
@@ -82,10 +93,11 @@ class Follower:
     """Sums the files of a directory whose names begin so while somebody appends to them, in a thread of its own.
 
     For files that only grow at their end. Errors of reading (the file vanished) leave the file out.
+    ``keep_cached``: whether they stay in the page cache, for who reads them at once.
     """
 
-    def __init__(self, directory: int, prefix: str) -> None:
-        self._directory, self._prefix = directory, prefix
+    def __init__(self, directory: int, prefix: str, *, keep_cached: bool = False) -> None:
+        self._directory, self._prefix, self._keep_cached = directory, prefix, keep_cached
         self._files: dict[str, _Running] = {}
         self._finish = threading.Event()
         self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
@@ -116,9 +128,16 @@ class Follower:
                     running = self._files[name]
                     while running.read_on(buffer):
                         running.start_writing()
+                        if not self._keep_cached:
+                            running.drop_behind()
                 except OSError:  # the commit reads it once more, and fails where that fails
                     if (lost := self._files.pop(name, None)) is not None:
                         os.close(lost.fd)
+
+
+def _sync_range(fd: int, offset: int, count: int, flags: int) -> None:
+    """Errors are left to the fsync at the end."""
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), flags)
 
 
 def sum_files(directory: int, names: Sequence[str]) -> dict[str, FileSum]:
@@ -139,12 +158,42 @@ def sum_files(directory: int, names: Sequence[str]) -> dict[str, FileSum]:
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
+class Pace:
+    """Keeps the reading of a large file a little ahead of who reads it next, and frees what both have read.
+
+    ``progress`` says how many bytes of it that other one has read. A wrong answer costs time, nothing else.
+    """
+
+    def __init__(self, name: str, progress: Callable[[], int]) -> None:
+        self.name, self._progress = name, progress
+        self._lock = threading.Lock()
+        self._dropped = 0
+        self._is_over = threading.Event()
+
+    def wait(self, fd: int, offset: int) -> None:
+        """Returns when it is time to read at ``offset``."""
+        while not self._is_over.is_set():
+            done = self._progress()
+            with self._lock:
+                while self._dropped + PIECE_BYTES + _CACHED_BYTES < done:
+                    os.posix_fadvise(fd, self._dropped, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
+                    self._dropped += PIECE_BYTES
+            if offset < done + 2 * _CACHED_BYTES:
+                return
+            self._is_over.wait(_PACE_S)
+
+    def end(self) -> None:
+        """The other one reads no more: no waiting from here on."""
+        self._is_over.set()
+
+
 def verify_files(
     directory: int,
     sums: Mapping[str, FileSum],
     *,
     direct: bool,
     stop: threading.Event | None = None,
+    pace: Pace | None = None,
 ) -> None:
     """Reads everything again and compares. Raises Damaged; OSError when something cannot be read.
 
@@ -152,19 +201,22 @@ def verify_files(
     there. ``stop``: gives up early, without a word, when it is set.
     """
     with contextlib.ExitStack() as stack:
-        files = {name: _checked_open(directory, name, sums[name], direct) for name in sums}
-        for fd in files.values():
-            stack.callback(os.close, fd)
+        files = {}
+        for name in sums:
+            files[name] = _checked_open(directory, name, sums[name], direct)
+            stack.callback(os.close, files[name])
         local = threading.local()
 
         def check(job: tuple[str, int]) -> None:
+            name, index = job
+            if pace is not None and pace.name == name:
+                pace.wait(files[name], index * PIECE_BYTES)
             if stop is not None and stop.is_set():
                 return
             if not hasattr(local, "buffer"):
                 local.buffer = memoryview(
                     mmap.mmap(-1, PIECE_BYTES)
                 )  # aligned, as direct I/O wants
-            name, index = job
             crc = _piece(files[name], index, local.buffer, direct)
             if crc != sums[name].pieces[index]:
                 where = f"the 8 MiB at offset {index * PIECE_BYTES}"
@@ -176,6 +228,8 @@ def verify_files(
                 for _ in pool.map(check, jobs):
                     pass
             except BaseException:
+                if pace is not None:
+                    pace.end()
                 pool.shutdown(cancel_futures=True)
                 raise
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from gpusched import errors
 from gpusched.mechanisms.criu import checksums, manifest
-from gpusched.mechanisms.criu.checksums import Damaged, FileSum, Follower
+from gpusched.mechanisms.criu.checksums import Damaged, FileSum, Follower, Pace
 from gpusched.mechanisms.criu.manifest import Machine, Manifest, UsedFile
 from gpusched.mechanisms.criu.parts import (
     DIRECTORY,
@@ -80,9 +80,12 @@ class Draft:
             self._discard(self.image_id)
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Around a dump: sums the memory that CRIU writes, and has the disk begin, while it is written."""
-        follower = Follower(self.criu_fd, "pages-")
+    def following(self, *, keep_cached: bool = False) -> Iterator[None]:
+        """Around a dump: sums the memory that CRIU writes, and has the disk begin, while it is written.
+
+        ``keep_cached``: it will be read at once (a fork), so it stays in the page cache.
+        """
+        follower = Follower(self.criu_fd, "pages-", keep_cached=keep_cached)
         try:
             yield
         finally:
@@ -185,26 +188,41 @@ class Image:
         self._verify(lambda: checksums.verify_files(self.fd, self.manifest.files, direct=True))
 
     @contextlib.contextmanager
-    def verifying(self) -> Iterator[None]:
+    def verifying(self, progress: Callable[[], int] | None = None) -> Iterator[None]:
         """Around a restore: the small files are verified before it, the memory beside it, through the page cache.
 
-        The disk is read once that way, since CRIU finds there what was just verified. At the end of the block the
-        verdict is waited for, and CriuError is raised where something is damaged: so what was restored must still
-        be stopped then, and is to be killed on that error.
+        The disk is read once that way, since CRIU finds there what was just verified. ``progress``: how many bytes of
+        memory were restored; then little of the page cache is used. At the end of the block the verdict is waited
+        for, and CriuError is raised where something is damaged: so what was restored must still be stopped then, and
+        is to be killed on that error.
         """
         large = {name: one for name, one in self.manifest.files.items() if "/pages-" in name}
         small = {n: s for n, s in self.manifest.files.items() if n not in large}
         self._verify(lambda: self._require_sizes(large))  # CRIU waits for ever for what is cut off
         self._verify(lambda: checksums.verify_files(self.fd, small, direct=False))
-        stop = threading.Event()
+        stop, pace = threading.Event(), self._pace(large, progress)
         with ThreadPoolExecutor(1, "verify") as pool:
-            verdict = pool.submit(checksums.verify_files, self.fd, large, direct=False, stop=stop)
+            verdict = pool.submit(
+                checksums.verify_files, self.fd, large, direct=False, stop=stop, pace=pace
+            )
             try:
                 yield
             except BaseException:
                 stop.set()
                 raise
+            finally:
+                if pace is not None:
+                    pace.end()
             self._verify(verdict.result)
+
+    def _pace(
+        self, large: Mapping[str, FileSum], progress: Callable[[], int] | None
+    ) -> Pace | None:
+        """Only where nearly all of the memory is in one file: how far each of several was read nobody knows."""
+        sizes = {name: one.size_bytes for name, one in large.items()}
+        if progress is None or not sizes or max(sizes.values()) < 0.9 * sum(sizes.values()):
+            return None
+        return Pace(max(sizes, key=lambda name: sizes[name]), progress)
 
     def restore_directory(self, part: str, directory: int) -> None:
         """Unpacks PART.tar into a directory that nobody else uses meanwhile. Raises CriuError, Unavailable."""

@@ -122,9 +122,10 @@ def restore(
     given = dict(inherited or {})
     begun = time.monotonic()
     try:
-        with _empty_directory() as plugins, _empty_directory() as work:
-            argv = command.restore(images_fd, work, plugins, inherited=given)
-            fds = (images_fd, plugins, work, *given.values())
+        with _empty_directory() as empty:
+            # As its working directory too: what it would write there are its statistics.
+            argv = command.restore(images_fd, empty, empty, inherited=given)
+            fds = (images_fd, empty, *given.values())
             _run(program, inside, argv, fds, timeout_s, name)
         tasks = inside.tasks()
         main = next((task for task in tasks if task.inner_pid == main_pid), None)
@@ -257,12 +258,14 @@ def _text(log: IO[bytes]) -> str:
 
 @contextlib.contextmanager
 def _empty_directory() -> Iterator[int]:
-    with tempfile.TemporaryDirectory(prefix="gpusched-criu-") as path:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    """One that nobody can put anything into, and that is gone whoever dies."""
+    path = tempfile.mkdtemp(prefix="gpusched-criu-")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.rmdir(path)  # noqa: PTH106
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _end(

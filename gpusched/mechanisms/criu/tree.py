@@ -11,9 +11,11 @@ Does not cover: GPU state, and which namespaces. Root only.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpusched import errors
 from gpusched.mechanisms.criu import kept, manifest, opened, run, system
@@ -48,13 +50,16 @@ def save(
     name: str,
     timeout_s: float,
     main_pid: int = MAIN_PID,
+    keep_cached: bool = False,
 ) -> Saved:
     """Puts a tree into a draft and leaves it stopped; what is returned goes into ``About``.
+
+    ``keep_cached``: it will come back at once (a fork), so the image stays in the page cache.
 
     Raises what ``run.dump`` does: then every process is as it was before. When the commit fails after it, call
     ``run.undo_dump``.
     """
-    with draft.following():
+    with draft.following(keep_cached=keep_cached):
         done = run.dump(
             program, inside, draft.criu_fd, name=name, timeout_s=timeout_s, main_pid=main_pid
         )
@@ -127,7 +132,7 @@ def bring_back(
         with (
             kept.covering(image, inside, seen) as covered,
             _criu_directory(image) as images,
-            image.verifying(),
+            image.verifying(lambda: _resident_bytes(inside)),
         ):
             with _directory(inside, SHM) as shm:
                 image.restore_directory(_SHM_PART, shm)
@@ -147,6 +152,15 @@ def bring_back(
         run.end_everybody(inside)
         raise
     return back
+
+
+def _resident_bytes(inside: Inside) -> int:
+    """How much of the tree's memory is there again."""
+    total = 0
+    for pid in inside.everybody():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return total * mmap.PAGESIZE
 
 
 def _known(image: Image, seen: Mapping[str, Seen | None]) -> Iterator[Seen]:
