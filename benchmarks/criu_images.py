@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import machine
-
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.criu import program, run, tree
 from gpusched.mechanisms.criu.image import About

@@ -84,6 +84,9 @@ class Device:
     hosts: dict[str, list[str]] = field(default_factory=dict)
     moves: dict[tuple[float, str], Moves] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
+    #: GB of VRAM -> milliseconds, of the shipped workload, and the files.
+    workload_starts_ms: dict[float, list[float]] = field(default_factory=dict)
+    workload_starts_from: set[Path] = field(default_factory=set)
     #: (way, GB or 0 for all, why) of what could not be measured.
     skipped: set[tuple[str, float, str]] = field(default_factory=set)
 
@@ -137,6 +140,9 @@ def devices(results: Iterable[Result]) -> list[Device]:
             _add_moves(device, result, row)
         for row in result.data.get("models", ()):
             _add_start(device, result, row)
+        for size, times in result.data.get("cold_starts_ms", {}).items():
+            device.workload_starts_ms.setdefault(float(size), []).extend(times)
+            device.workload_starts_from.add(result.path)
         device.skipped |= {
             (each["way"], each["gigabytes"] or 0, each["why"])
             for each in result.data.get("skipped", ())

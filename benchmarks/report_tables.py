@@ -153,11 +153,29 @@ def freeze_thaw_full(page: Page, device: Device) -> str:
         "\nWhat gpusched adds to the driver's own calls within the same freeze or thaw, as its client sees it:\n\n"
         f"{table(('GB', 'runs', 'freeze, ms', 'thaw, ms'), over)}"
     )
+    text = text if over else ""
     return (
         f"{page.picture(plot_name('freeze_thaw', device), f'Freeze and thaw on {device.gpu}')}\n\n"
         f"{device.title('freeze_thaw')}. Median (minimum-maximum); contents verified after every run. From "
         f"{page.links(p for m in device.moves.values() for p in m.paths)}.\n\n"
-        f"{table(head, rows)}{skipped}{text if over else ''}"
+        f"{table(head, rows)}{skipped}{text}{workload_starts(page, device)}"
+    )
+
+
+def workload_starts(page: Page, device: Device) -> str:
+    """What a freeze and a thaw of the same process save, beside what they cost."""
+    if not device.workload_starts_ms:
+        return ""
+    rows = []
+    for size, times in sorted(device.workload_starts_ms.items()):
+        moves = device.moves.get((size, "gpusched"))
+        both = (spread(moves.freeze_ms), spread(moves.thaw_ms)) if moves else ("", "")
+        rows.append([f"{size:g}", str(len(times)), spread(times), *both])
+    head = ("GB", "starts", "cold start, s", "freeze, s", "thaw, s")
+    return (
+        "\nThe cold start of that process, from the request to run it until its contents are in VRAM and digested, "
+        f"beside gpusched's freeze and thaw. It loads no framework and reads no file: a model has to, see above. "
+        f"{page.links(device.workload_starts_from)}\n\n{table(head, rows)}"
     )
 
 

@@ -175,6 +175,15 @@ def test_what_gpusched_adds_is_told_where_the_drivers_own_times_are_known(tree: 
     assert full.rstrip().endswith("(5.0-7.0) |"), "the bare calls have no such row"
 
 
+def test_the_cold_start_of_the_workload_stands_beside_its_moves(tree: Path) -> None:
+    save(tree, "one", "freeze_thaw", rows=rows("gpusched", 15.0, [8000.0]))
+    starts = {"15": [1000.0, 3000.0, 2000.0], "3.6": [500.0]}
+    save(tree, "two", "freeze_thaw", rows=[], cold_starts_ms=starts)
+    full = block(filled(tree), "freeze_thaw_full")
+    assert "| 15 | 3 | 2.00 (1.00-3.00) | 8.00 | 4.00 |" in full
+    assert "| 3.6 | 1 | 0.500 |  |  |" in full
+
+
 def test_a_way_that_was_not_measured_is_named_with_its_reason(tree: Path) -> None:
     why = {"way": "torch_memory_saver", "gigabytes": None, "why": "no module of that name"}
     big = {"way": "to_cpu", "gigabytes": 40, "why": "too large"}
