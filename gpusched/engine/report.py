@@ -152,7 +152,7 @@ def _memory(core: Core) -> types.MemoryStatus:
         "host_ram_free_mb": ram.available_bytes // MIB,
         "host_ram_budget_mb": core.ram_budget_bytes() // MIB,
         "snapshots_mb": core.snapshots_bytes() // MIB,
-        "disk_used_mb": core.ports.disk.room().used_bytes // MIB,
+        "disk_used_mb": mib(core.ports.disk.room().used_bytes),
         "disk_budget_mb": core.limits.disk_budget_bytes // MIB,
     }
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def _as(type_: type[T], raw: msgspec.Raw) -> T:
-    return msgspec.json.decode(raw, type=type_)
+    return msgspec.json.Decoder(type_).decode(raw)
 
 
 class _Answer(msgspec.Struct):

@@ -102,16 +102,21 @@ def decode(content: bytes) -> Manifest:
     if hashlib.blake2b(text, digest_size=32).hexdigest().encode() != digest:
         raise Unreadable("its manifest is damaged")
     try:
-        kind = msgspec.json.decode(text, type=_Format)
+        kind = _FORMAT.decode(text)
         if kind.format != FORMAT:
             raise Unreadable(f"it has format {kind.format}; this gpusched reads {FORMAT}")
-        return msgspec.json.decode(text, type=Manifest)
+        return _MANIFEST.decode(text)
     except msgspec.DecodeError as error:
         raise Unreadable(f"its manifest is not understood: {error}") from error
 
 
 class _Format(msgspec.Struct, frozen=True):
     format: int
+
+
+# Made here, once: msgspec 0.22 crashes where two threads meet a type for the first time (copies are revived in several).
+_FORMAT: Final = msgspec.json.Decoder(_Format)
+_MANIFEST: Final = msgspec.json.Decoder(Manifest)
 
 
 # -- what has changed -----------------------------------------------------------------------------
