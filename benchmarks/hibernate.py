@@ -1,14 +1,15 @@
 """Hibernate, wake and fork of one process, beside the raw bandwidth of the disk that holds the images.
 
-    python benchmarks/hibernate.py [--backend cuda|sim|cpu] [--gigabytes 3.6] [--runs 3] [--copies 1,2,4] [--out DIR]
+    python benchmarks/hibernate.py [--backend cuda|cpu] [--gigabytes 3.6] [--runs 3] [--copies 1,2,4] [--out DIR]
 
-``cuda``: the workload on a GPU. ``cpu``: a process with as much host memory and no GPU state; any machine. ``sim``: a
-simulated GPU, to try the program out; its figures mean nothing. Root, and a CRIU that works (make criu).
+``cuda``: the workload on a GPU. ``cpu``: a process with as much host memory and no GPU state; any machine. Root, and a
+CRIU that works (make criu). ``--rehearse`` tries everything out on a simulated GPU and is never among the results.
 
 Wall time as a client sees it, the median of the runs with minimum and maximum; contents are recomputed after every
 wake and in every copy. ``image_*`` is what CRIU and the image store take, without the driver: dump with commit, and
 restore with verification. ``share`` compares their bytes a second with the disk's own, measured in the same run with
-large direct sequential I/O. Host RAM is touched once before, and one cycle is not counted.
+large direct sequential I/O. Host RAM is touched once before, and one cycle is not counted. The result is saved after
+every run, so that one that is cut off keeps what it has.
 """
 
 from __future__ import annotations
@@ -122,9 +123,8 @@ class Target:
         return took
 
 
-def measure(target: Target, runs: int, copies: list[int], raw: dict[str, float]) -> dict[str, Any]:
-    target.cycle()  # the warm-up
-    rows = [target.cycle() for _ in range(runs)]
+def cycles(rows: list[dict[str, float]], raw: dict[str, float]) -> dict[str, Any]:
+    """What the hibernations and wakes so far say."""
     result: dict[str, Any] = {key: machine.summary([row[key] for row in rows]) for key in rows[0]}
     size = result["image_mb"]["median"]
     for way, took, disk in (
@@ -133,11 +133,27 @@ def measure(target: Target, runs: int, copies: list[int], raw: dict[str, float])
     ):
         rate = size / result[took]["median"] * 1000
         result[way] = {"mb_s": round(rate, 1), "share_of_disk": round(rate / raw[disk], 3)}
-    result["fork_ms"] = {
-        str(count): machine.summary([target.fork(count) * 1000 for _ in range(runs)])
-        for count in copies
-    }
     return result
+
+
+def measure(
+    target: Target, runs: int, copies: list[int], raw: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """What is known, after each run."""
+    target.cycle()  # the warm-up
+    rows: list[dict[str, float]] = []
+    found: dict[str, Any] = {}
+    for _ in range(runs):
+        rows.append(target.cycle())
+        found = cycles(rows, raw)
+        yield found
+    found["fork_ms"] = {}
+    for count in copies:
+        took: list[float] = []
+        for _ in range(runs):
+            took.append(target.fork(count) * 1000)
+            found["fork_ms"][str(count)] = machine.summary(took)
+            yield found
 
 
 @contextlib.contextmanager
@@ -149,7 +165,7 @@ def daemon(backend: str, gigabytes: float) -> Iterator[GpuSched]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['label']}, {result['gigabytes']:g} GB; disk {result['raw_disk']}")
+    print(f"\n{result['backend']}, {result['gigabytes']:g} GB; disk {result['raw_disk']}")
     for key, value in result["measured"].items():
         if key == "fork_ms":
             for count, one in value.items():
@@ -164,33 +180,35 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=("cuda", "sim", "cpu"), default="cuda")
+    parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--gigabytes", type=float, default=3.6)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--copies", default="1,2,4")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--rehearse", action="store_true", help="simulated; needs --out")
     options = parser.parse_args()
+    if options.rehearse and options.out is None:
+        parser.error("a rehearsal is never among the results: give --out")
+    backend = "sim" if options.rehearse else options.backend
     copies = [int(count) for count in options.copies.split(",")]
     touched = machine.touch_ram(int(options.gigabytes * (max(copies) + 2) * 1e9))
-    about = machine.describe()
-    name = about["gpus"][0]["name"].replace(" ", "-").lower() if about["gpus"] else "no-gpu"
-    label = name if options.backend == "cuda" else options.backend
+    result = machine.new_result("hibernate", rehearsal=options.rehearse)
     with tempfile.TemporaryDirectory(prefix="gpusched-raw-") as directory:
         raw = raw_disk(Path(directory), min(_RAW_BYTES, int(options.gigabytes * 1e9)))
-    result: dict[str, Any] = {
-        "benchmark": "hibernate",
-        "simulated": options.backend == "sim",
-        "label": label,
+    result |= {
+        "backend": backend,
         "gigabytes": options.gigabytes,
-        "machine": about,
-        "ram_touched_s": touched,
+        "ram_touched": touched,
         "raw_disk": raw,
     }
-    with daemon(options.backend, options.gigabytes) as client:
-        target = Target(client, options.backend, options.gigabytes)
-        result["measured"] = measure(target, options.runs, copies, raw)
+    name = machine.file_name(result)
+    with daemon(backend, options.gigabytes) as client:
+        target = Target(client, backend, options.gigabytes)
+        for found in measure(target, options.runs, copies, raw):
+            result["measured"] = found
+            machine.save(name, result, options.out)
     show(result)
-    print(f"saved {machine.save(f'hibernate-{label}', result, options.out)}")
+    print(f"saved {machine.short(machine.save(name, result, options.out))}")
 
 
 if __name__ == "__main__":

@@ -316,19 +316,18 @@ def hibernate(page: Page) -> str:
     texts = []
     for found in of(page.results, "hibernate"):
         measured = found.data["measured"]
-        about = found.machine["gpus"][0]["name"] if found.data["label"] != "cpu" else "no GPU state"
-        if found.data["simulated"]:
-            continue
+        on_gpu = found.data["backend"] == "cuda"
+        about = f"on an {found.machine['gpus'][0]['name']}" if on_gpu else "and no GPU state"
         rows = [
             ["hibernate", seconds(measured["hibernate_ms"]["median"])],
             ["wake", seconds(measured["wake_ms"]["median"])],
             *(
                 [f"fork into {count}", seconds(one["median"])]
-                for count, one in measured["fork_ms"].items()
+                for count, one in measured.get("fork_ms", {}).items()
             ),
         ]
         texts.append(
-            f"A process with {found.data['gigabytes']:g} GB and {about}, on {host(found.machine)}; contents "
+            f"A process with {found.data['gigabytes']:g} GB {about}, on {host(found.machine)}; contents "
             f"verified after every wake and in every copy. The image is written at "
             f"{measured['save']['share_of_disk']:.0%} of the disk's own sequential bandwidth in the same run, "
             f"checksums and commit included, and comes back at "

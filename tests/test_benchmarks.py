@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +16,21 @@ import freeze_thaw
 import machine
 from daemons import ROOT
 from gpusched.errors import DriverError
+from gpusched.mechanisms.criu.program import Program
 
 REAL = {"benchmark": "freeze_thaw", "rehearsal": False}
 
 
-def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *arguments: str | Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / program), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"} | dict(env or {}),
     )
 
 
@@ -117,11 +121,25 @@ def gpu_with_free_mib(free: int) -> Any:
     return SimpleNamespace(gpu_free_mb=lambda _gpu: free)
 
 
-@pytest.mark.parametrize("program", ["freeze_thaw.py", "cold_start.py"])
+@pytest.mark.parametrize("program", ["freeze_thaw.py", "cold_start.py", "hibernate.py"])
 def test_a_rehearsal_without_a_directory_of_its_own_is_refused(program: str) -> None:
     ended = run(program, "--rehearse")
     assert ended.returncode == 2
     assert "a rehearsal is never among the results" in ended.stderr
+
+
+@pytest.mark.criu
+def test_hibernate_measures_every_way_to_disk_and_back(tmp_path: Path, criu: Program) -> None:
+    ended = run(
+        *("hibernate.py", "--rehearse", "--gigabytes", "0.02", "--runs", "1", "--copies", "1,2"),
+        *("--out", tmp_path),
+        env={"GPUSCHED_CRIU": criu.path},
+    )
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.glob("*.json")
+    measured = json.loads(path.read_text())["measured"]
+    assert measured["save"]["share_of_disk"] > 0 < measured["revive"]["share_of_disk"]
+    assert set(measured["fork_ms"]) == {"1", "2"}
 
 
 def test_a_rehearsals_figures_cannot_be_saved_among_the_results(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_no_module_is_longer_than_400_lines() -> None:
 
 
 def test_no_thread_is_the_first_to_decode_a_type() -> None:
-    """msgspec 0.22 crashes the process where two threads meet a type for the first time: decoders are made before."""
+    """Where two meet it for the first time, msgspec 0.22 crashes the process: decoders are made before."""
     bare = re.compile(r"json\.decode\([^)]*type=(?!dict)")
     found = [path for path in SOURCES if bare.search(path.read_text())]
     assert not found, "make a msgspec.json.Decoder where the module is imported"

@@ -114,7 +114,7 @@ class _Format(msgspec.Struct, frozen=True):
     format: int
 
 
-# Made here, once: msgspec 0.22 crashes where two threads meet a type for the first time (copies are revived in several).
+# Made here, once: msgspec 0.22 crashes where two threads meet a type for the first time; copies come back in several.
 _FORMAT: Final = msgspec.json.Decoder(_Format)
 _MANIFEST: Final = msgspec.json.Decoder(Manifest)
 
