@@ -1,0 +1,202 @@
+"""Host memory for what has left the GPU: files in memory, in equal chunks, that outlive whoever copies.
+
+Covers: chunks, which process has which, what was copied where. Does not cover: copying (``mover.py``).
+
+The directory is the owner's alone and on a tmpfs. A chunk is a file; a manifest beside the chunks says which process
+(pid and start time) has what where, and whether all of it is there. So a driver helper that starts anew knows
+everything that the last one did. Chunks without a manifest hold nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpusched import errors
+from gpusched.units import MIB, format_size
+
+CHUNK_BYTES: Final = 512 * MIB
+#: What stays free for the rest of the host when a chunk is made.
+RESERVE_BYTES: Final = 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a chunk."""
+
+    chunk: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The contents of one process, laid out one piece after the other over its chunks."""
+
+    pid: int
+    start_ticks: int
+    uid: int
+    chunks: tuple[str, ...]
+    sizes: tuple[int, ...]  # of the pieces, in their order
+    complete: bool
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes)
+
+    def slices(self) -> Iterator[list[Slice]]:
+        """Where each piece is, in order."""
+        position = 0
+        for size in self.sizes:
+            parts = []
+            while size > 0:
+                number, offset = divmod(position, CHUNK_BYTES)
+                part = min(size, CHUNK_BYTES - offset)
+                parts.append(Slice(self.chunks[number], offset, part))
+                position, size = position + part, size - part
+            yield parts
+
+
+class Pool:
+    """All chunks of one daemon. Safe from many threads."""
+
+    def __init__(self, directory: Path) -> None:
+        """Takes over what the last one left. Raises OSError."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._snapshots: dict[tuple[int, int], Snapshot] = {}
+        self._free: list[str] = []
+        self._next = 0
+        self._recover()
+
+    def take(self, pid: int, start_ticks: int, uid: int, sizes: Sequence[int]) -> Snapshot:
+        """Room for pieces of these sizes; not complete yet. Raises InsufficientHostMemory; nothing was taken then."""
+        need = -(-sum(sizes) // CHUNK_BYTES)
+        with self._lock:
+            self._discard(pid, start_ticks)
+            make = max(0, need - len(self._free))
+            room = _available_bytes() - RESERVE_BYTES
+            if make * CHUNK_BYTES > room:
+                raise errors.InsufficientHostMemory(
+                    f"the contents of process {pid} need {format_size(make * CHUNK_BYTES)} more of host memory and "
+                    f"{format_size(max(0, room))} may be taken"
+                )
+            for _ in range(make):
+                self._free.append(self._make())
+            chunks = tuple(self._free.pop() for _ in range(need))
+            snapshot = Snapshot(pid, start_ticks, uid, chunks, tuple(sizes), complete=False)
+            self._write(snapshot)
+            return snapshot
+
+    def complete(self, snapshot: Snapshot) -> None:
+        """All of it is there."""
+        with self._lock:
+            done = Snapshot(
+                snapshot.pid,
+                snapshot.start_ticks,
+                snapshot.uid,
+                snapshot.chunks,
+                snapshot.sizes,
+                complete=True,
+            )
+            self._write(done)
+
+    def find(self, pid: int, start_ticks: int) -> Snapshot | None:
+        with self._lock:
+            return self._snapshots.get((pid, start_ticks))
+
+    def release(self, pid: int, start_ticks: int) -> None:
+        """The contents are elsewhere, or nobody's any more."""
+        with self._lock:
+            self._discard(pid, start_ticks)
+
+    def snapshots(self) -> list[Snapshot]:
+        with self._lock:
+            return list(self._snapshots.values())
+
+    def trim(self) -> list[str]:
+        """Gives back every chunk that holds nothing; their names, for who has them open."""
+        with self._lock:
+            gone, self._free = self._free, []
+            for chunk in gone:
+                (self.directory / chunk).unlink(missing_ok=True)
+            return gone
+
+    @property
+    def free_bytes(self) -> int:
+        with self._lock:
+            return len(self._free) * CHUNK_BYTES
+
+    # -- with the lock held
+
+    def _make(self) -> str:
+        self._next += 1
+        name = f"chunk-{self._next}"
+        path = self.directory / name
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, CHUNK_BYTES)
+        finally:
+            os.close(fd)
+        return name
+
+    def _discard(self, pid: int, start_ticks: int) -> None:
+        found = self._snapshots.pop((pid, start_ticks), None)
+        if found is not None:
+            self._manifest(pid, start_ticks).unlink(missing_ok=True)
+            self._free.extend(found.chunks)
+
+    def _manifest(self, pid: int, start_ticks: int) -> Path:
+        return self.directory / f"process-{pid}-{start_ticks}.json"
+
+    def _write(self, snapshot: Snapshot) -> None:
+        path = self._manifest(snapshot.pid, snapshot.start_ticks)
+        partial = path.with_suffix(".part")
+        partial.write_text(
+            json.dumps(
+                {
+                    "pid": snapshot.pid,
+                    "start_ticks": snapshot.start_ticks,
+                    "uid": snapshot.uid,
+                    "chunks": snapshot.chunks,
+                    "sizes": snapshot.sizes,
+                    "complete": snapshot.complete,
+                }
+            )
+        )
+        partial.replace(path)
+        self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
+
+    def _recover(self) -> None:
+        for path in self.directory.glob("process-*.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found = json.loads(path.read_text())
+                snapshot = Snapshot(
+                    found["pid"],
+                    found["start_ticks"],
+                    found["uid"],
+                    tuple(found["chunks"]),
+                    tuple(found["sizes"]),
+                    found["complete"],
+                )
+                self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
+        taken = {chunk for snapshot in self._snapshots.values() for chunk in snapshot.chunks}
+        for path in self.directory.glob("chunk-*"):
+            self._next = max(self._next, int(path.name.removeprefix("chunk-")))
+            if path.name not in taken:
+                path.unlink()
+
+
+def _available_bytes() -> int:
+    with Path("/proc/meminfo").open() as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,285 @@
+"""One process that has ``libgpusched_direct`` in it: finding its control thread, and asking it.
+
+Covers: the file that it is found by, the requests of ``native/control.c``, and what may be believed of the answers.
+Does not cover: in which order they are asked (``direct.py``).
+
+The process is a stranger: its answers are checked for form and bounds, and nothing of them is used as a path. It may
+answer late, never, or wrongly; then an error is raised, and the phase in its page says as much as there is to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import mmap
+import os
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, Self
+
+from gpusched import errors
+from gpusched.units import GIB
+
+_PAGE_LINK: Final = "/memfd:gpusched-direct"
+_MAGIC: Final = 0x47534431
+_VERSION: Final = 1
+_PAGE: Final = struct.Struct("<6I")  # magic, version, daemon's end, own end, phase, cancel
+_CANCEL_OFFSET: Final = 20
+_REQUEST: Final = struct.Struct("<4IQ")
+_REPLY: Final = struct.Struct("<2IiIIIQQ")
+_ITEM: Final = struct.Struct("<3Q16s")
+_BATCH: Final = 64
+#: More than a GPU can hold, in places of the table and in bytes.
+_MOST_PLACES: Final = 1 << 22
+_MOST_BYTES: Final = 4096 * GIB
+#: For an answer that needs nothing of the driver.
+_LOOK_S: Final = 5.0
+_GRANULARITY: Final = 2 << 20
+_PIDFD_GETFD: Final = 438  # the same number on x86-64 and arm64
+_libc = ctypes.CDLL(None, use_errno=True)
+_ids = itertools.count(1)
+
+
+class Phase(IntEnum):
+    """As in ``native/control.c``."""
+
+    RUNNING = 0
+    CLOSED = 1  # no thread is in the driver, the GPU has nothing to do
+    PARKED = 2  # the memory has left; its addresses are kept
+
+
+class Operation(IntEnum):
+    """As in ``native/control.c``."""
+
+    STATE = 0
+    CLOSE = 1
+    OPEN = 2
+    LIST = 3
+    EXPORT = 4
+    HELD = 5
+    PARK = 6
+    DROP = 7
+    CREATE = 8
+    ATTACH = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One physical allocation of the process. ``gpu`` is a UUID, as NVML writes it."""
+
+    place: int
+    address: int
+    size_bytes: int
+    gpu: str
+
+
+class Refused(Exception):
+    """The process answered with an error: ``status`` is the driver's result, or minus an errno."""
+
+    def __init__(self, operation: Operation, status: int) -> None:
+        super().__init__(f"{operation.name.lower()}: {status}")
+        self.operation, self.status = operation, status
+
+
+class Target:
+    """A conversation with one process. Use it as a context; one thread at a time."""
+
+    def __init__(self, pid: int, channel: socket.socket, page: mmap.mmap) -> None:
+        self.pid = pid
+        self._channel, self._page = channel, page
+
+    @classmethod
+    def find(cls, pid: int) -> Self | None:
+        """None where the process has no such library, is gone, or may not be touched by us."""
+        number = _page_number(pid)
+        if number is None:
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return None
+        try:
+            page_fd = _getfd(pidfd, number)
+            try:
+                if os.fstat(page_fd).st_size < _PAGE.size:
+                    return None
+                page = mmap.mmap(page_fd, _PAGE.size, mmap.MAP_SHARED)
+            finally:
+                os.close(page_fd)
+            magic, version, daemon_end, *_ = _PAGE.unpack_from(page)
+            if (magic, version) != (_MAGIC, _VERSION):
+                return None
+            channel = socket.socket(fileno=_getfd(pidfd, daemon_end))
+        except (OSError, ValueError):
+            return None
+        finally:
+            os.close(pidfd)
+        if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            channel.close()
+            return None
+        return cls(pid, channel, page)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+        self._page.close()
+
+    @property
+    def phase(self) -> Phase | None:
+        """Read from the page, so also of a stopped process. None: nothing that we know."""
+        number = _PAGE.unpack_from(self._page)[4]
+        return Phase(number) if number <= max(Phase) else None
+
+    # -- requests
+
+    def close_gate(self, timeout_s: float) -> None:
+        """Blocks. Raises LockTimeout, and then the process runs on: now, or as soon as its GPU work is done."""
+        self._cancel(False)
+        try:
+            self._ask(Operation.CLOSE, timeout_s, argument=max(1, round(timeout_s * 1000)))
+        except TimeoutError:
+            self._cancel(True)
+            raise _not_at_rest(self.pid) from None
+        except Refused as error:
+            raise _not_at_rest(self.pid) from error
+
+    def open_gate(self, timeout_s: float = 5.0) -> None:
+        """Raises Refused while its memory is elsewhere."""
+        self._ask(Operation.OPEN, timeout_s)
+
+    def pieces(self) -> list[Piece]:
+        """All that can be moved. Raises Refused, TimeoutError."""
+        return [piece for batch, _ in self._all(Operation.LIST, _LOOK_S) for piece in batch]
+
+    def export(self) -> Iterator[tuple[list[Piece], list[int]]]:
+        """The memory itself, some pieces at a time, each as a descriptor that the caller closes."""
+        return self._all(Operation.EXPORT, 10.0)
+
+    def held(self) -> Iterator[tuple[list[Piece], list[int]]]:
+        """As ``export``, from what the process still holds; no descriptors for a batch that it does not."""
+        return self._all(Operation.HELD, 10.0)
+
+    def create(self) -> Iterator[tuple[list[Piece], list[int]]]:
+        """Fresh memory for all pieces. Raises Refused where it is not there; then nothing was taken."""
+        return self._all(Operation.CREATE, 30.0)
+
+    def park(self) -> None:
+        self._ask(Operation.PARK, 30.0)
+
+    def drop(self) -> None:
+        """It holds no exported memory any more."""
+        self._ask(Operation.DROP, 10.0)
+
+    def attach(self) -> None:
+        self._ask(Operation.ATTACH, 30.0)
+
+    # -- the wire
+
+    def _cancel(self, value: bool) -> None:
+        struct.pack_into("<I", self._page, _CANCEL_OFFSET, value)
+
+    def _all(
+        self, operation: Operation, timeout_s: float
+    ) -> Iterator[tuple[list[Piece], list[int]]]:
+        first = 0
+        while True:
+            pieces, fds, following, total = self._ask(operation, timeout_s, first=first)
+            if pieces:
+                yield pieces, fds
+            if following >= total:
+                return
+            if following <= first:
+                raise errors.DriverError(f"process {self.pid} answers in circles")
+            first = following
+
+    def _ask(
+        self, operation: Operation, timeout_s: float, *, argument: int = 0, first: int = 0
+    ) -> tuple[list[Piece], list[int], int, int]:
+        """Pieces, their descriptors, where to go on, how many places there are. Raises Refused, TimeoutError."""
+        sequence = next(_ids) & 0xFFFFFFFF
+        request = _REQUEST.pack(_MAGIC, sequence, operation, argument, first)
+        deadline = time.monotonic() + timeout_s + 0.5
+        self._channel.settimeout(timeout_s + 0.5)
+        try:
+            self._channel.send(request)
+        except OSError as error:
+            raise errors.DriverError(f"process {self.pid} cannot be asked: {error}") from error
+        while True:
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                data, fds, _, _ = socket.recv_fds(self._channel, 8192, _BATCH)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise errors.DriverError(f"process {self.pid} does not answer: {error}") from error
+            answered = _understand(data)
+            if answered is not None and answered[0] == sequence:
+                break
+            _close(fds)  # an answer to somebody who is gone, or nonsense
+            if not data or time.monotonic() >= deadline:
+                raise errors.DriverError(f"process {self.pid} answers nonsense")
+        _, status, pieces, following, total = answered
+        if status != 0 or (fds and len(fds) != len(pieces)):
+            _close(fds)
+            raise Refused(operation, status)
+        return pieces, fds, following, total
+
+
+def _page_number(pid: int) -> int | None:
+    """The descriptor of the page: of high numbers first, since that is where it is put."""
+    directory = Path(f"/proc/{pid}/fd")
+    try:
+        numbers = sorted((int(link.name) for link in directory.iterdir()), reverse=True)
+    except OSError:
+        return None
+    for number in numbers:
+        with contextlib.suppress(OSError):
+            if str((directory / str(number)).readlink()).startswith(_PAGE_LINK):
+                return number
+    return None
+
+
+def _understand(data: bytes) -> tuple[int, int, list[Piece], int, int] | None:
+    """Sequence, status, pieces, next, total; None for what no honest process would send."""
+    if len(data) < _REPLY.size:
+        return None
+    magic, sequence, status, count, _, _, following, total = _REPLY.unpack_from(data)
+    if magic != _MAGIC or count > _BATCH or len(data) != _REPLY.size + count * _ITEM.size:
+        return None
+    pieces = []
+    for place, address, size, gpu in _ITEM.iter_unpack(data[_REPLY.size :]):
+        if not 0 < size <= _MOST_BYTES or size % _GRANULARITY:
+            return None
+        pieces.append(Piece(place, address, size, f"GPU-{uuid.UUID(bytes=gpu)}"))
+    if total > _MOST_PLACES:
+        return None
+    return sequence, status, pieces, following, total
+
+
+def _getfd(pidfd: int, number: int) -> int:
+    fd: int = _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _not_at_rest(pid: int) -> errors.LockTimeout:
+    return errors.LockTimeout(
+        f"process {pid} did not come to rest in time and runs on; try again with a longer lock timeout",
+        {"call": "gate", "pid": pid},
+    )

@@ -1,0 +1,313 @@
+/* The control thread: does what the daemon asks, one request after the other.
+ *
+ * The daemon finds this process by the name of a memory file among its descriptors, reads from that file which
+ * descriptor is its end of a socket pair, and takes that over (pidfd_getfd). So there is no path, no name and no
+ * listening socket that another user could reach; who may take the descriptor is who may trace this process.
+ *
+ * Whoever asks may die at any moment and another may come. So each request is answered at once, with what is true
+ * then, and can be asked again.
+ */
+#define _GNU_SOURCE
+#include "direct.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define PAGE_NAME "gpusched-direct"
+enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64, HIGH_FD = 500 };
+
+/* The phases of a process; the daemon knows the same numbers. */
+enum phase { RUNNING, CLOSED, PARKED };
+enum operation { STATE, CLOSE, OPEN, LIST, EXPORT, HELD, PARK, DROP, CREATE, ATTACH };
+
+/* What the daemon can read at any moment, also of a stopped process. Nothing but `cancel` is written by it. */
+struct page {
+    uint32_t magic, version;
+    uint32_t daemon_end, own_end; /* descriptors */
+    _Atomic uint32_t phase;
+    _Atomic uint32_t cancel; /* whoever asked for CLOSE has given up */
+};
+
+struct request {
+    uint32_t magic, sequence, operation, argument;
+    uint64_t first; /* place in the table */
+};
+
+struct item {
+    uint64_t place, address, size;
+    uint8_t gpu[16]; /* its UUID */
+};
+
+struct reply {
+    uint32_t magic, sequence;
+    int32_t status;   /* a CUresult, or minus an errno */
+    uint32_t count;   /* items */
+    uint32_t phase;
+    uint32_t reserved;
+    uint64_t next;    /* place to go on from; the table's end: its size */
+    uint64_t total;   /* places in the table */
+    struct item items[BATCH];
+};
+
+static struct page *page;
+static int page_fd = -1, own_end = -1, daemon_end = -1;
+static _Atomic bool started;
+
+static void set_phase(enum phase phase) {
+    atomic_store(&page->phase, (uint32_t)phase);
+}
+
+/* -- the requests -------------------------------------------------------------------------------------------------- */
+
+static void tell_of(struct reply *reply, size_t place) {
+    const struct memory *memory = &table.items[place];
+    reply->items[reply->count++] = (struct item){
+        .place = place,
+        .address = memory->address,
+        .size = memory->size,
+    };
+    driver.cuDeviceGetUuid(reply->items[reply->count - 1].gpu, memory->device);
+}
+
+/* Does `work` for the entries from `first` on until the reply is full, or until one fails. */
+static CUresult each(struct reply *reply, uint64_t first, CUresult (*work)(struct memory *), int *fds) {
+    size_t place = first;
+    CUresult result = CUDA_SUCCESS;
+    for (; place < table.count && reply->count < BATCH && result == CUDA_SUCCESS; place++) {
+        struct memory *memory = &table.items[place];
+        if (!memory->address)
+            continue;
+        if (work != NULL)
+            result = driver.cuCtxSetCurrent(memory->context);
+        if (work != NULL && result == CUDA_SUCCESS)
+            result = work(memory);
+        if (result != CUDA_SUCCESS)
+            break;
+        if (fds != NULL)
+            fds[reply->count] = memory->fd;
+        tell_of(reply, place);
+    }
+    reply->next = place;
+    return result;
+}
+
+static CUresult for_all(CUresult (*work)(struct memory *)) {
+    CUresult result = CUDA_SUCCESS;
+    for (size_t i = 0; i < table.count && result == CUDA_SUCCESS; i++)
+        if (table.items[i].address) {
+            result = driver.cuCtxSetCurrent(table.items[i].context);
+            if (result == CUDA_SUCCESS)
+                result = work(&table.items[i]);
+        }
+    return result;
+}
+
+/* Asks nothing of the driver, which may have been told to stand still meanwhile. */
+static CUresult drop_all(void) {
+    for (size_t i = 0; i < table.count; i++)
+        memory_drop_fd(&table.items[i]);
+    return CUDA_SUCCESS;
+}
+
+static CUresult unmap(struct memory *memory) {
+    return memory->handle ? memory_unmap(memory) : CUDA_SUCCESS;
+}
+
+/* Fresh memory, and a descriptor of it; not mapped yet. */
+static CUresult create(struct memory *memory) {
+    if (memory->handle)
+        return memory_export(memory);
+    memory_drop_fd(memory);
+    CUresult result = memory_create(memory);
+    return result == CUDA_SUCCESS ? memory_export(memory) : result;
+}
+
+static CUresult map(struct memory *memory) {
+    if (!memory->handle)
+        return CUDA_ERROR_INVALID_VALUE;
+    return memory_map(memory);
+}
+
+/* Takes back what `create` made, where not all of it fits. */
+static CUresult uncreate(struct memory *memory) {
+    memory_drop_fd(memory);
+    if (memory->handle)
+        driver.cuMemRelease(memory->handle);
+    memory->handle = 0;
+    return CUDA_SUCCESS;
+}
+
+static CUresult close_gate(unsigned timeout_ms) {
+    if (!gate_close(timeout_ms))
+        return -ETIMEDOUT;
+    CUresult result = memory_synchronize();
+    if (result != CUDA_SUCCESS || atomic_load(&page->cancel)) {
+        gate_open();
+        return result != CUDA_SUCCESS ? result : -ECANCELED;
+    }
+    set_phase(CLOSED);
+    return CUDA_SUCCESS;
+}
+
+static CUresult perform(const struct request *request, struct reply *reply, int *fds) {
+    const enum phase phase = atomic_load(&page->phase);
+    CUresult result;
+    switch ((enum operation)request->operation) {
+    case STATE:
+        return CUDA_SUCCESS;
+    case LIST:
+        return each(reply, request->first, NULL, NULL);
+    case CLOSE:
+        return phase == RUNNING ? close_gate(request->argument) : CUDA_SUCCESS;
+    case OPEN:
+        if (phase == PARKED)
+            return -EBUSY;
+        drop_all();
+        set_phase(RUNNING);
+        gate_open();
+        return CUDA_SUCCESS;
+    case EXPORT:
+        return phase == CLOSED ? each(reply, request->first, memory_export, fds) : -EBUSY;
+    case HELD: /* as DROP: without the driver */
+        return each(reply, request->first, NULL, fds);
+    case PARK:
+        if (phase == RUNNING)
+            return -EBUSY;
+        set_phase(PARKED); /* before the first goes: from here on the contents are not all in place */
+        return for_all(unmap);
+    case DROP:
+        return drop_all();
+    case CREATE:
+        if (phase != PARKED)
+            return -EBUSY;
+        result = each(reply, request->first, create, fds);
+        if (result != CUDA_SUCCESS) {
+            reply->count = 0;
+            for_all(uncreate);
+        }
+        return result;
+    case ATTACH:
+        if (phase != PARKED)
+            return -EBUSY;
+        result = for_all(map);
+        if (result == CUDA_SUCCESS) {
+            drop_all();
+            set_phase(CLOSED);
+        }
+        return result;
+    }
+    return -EINVAL;
+}
+
+/* -- the socket ---------------------------------------------------------------------------------------------------- */
+
+static void answer(const struct reply *reply, const int *fds) {
+    char ancillary[CMSG_SPACE(BATCH * sizeof(int))] = {0};
+    struct iovec part = {(void *)reply, offsetof(struct reply, items) + reply->count * sizeof(struct item)};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (fds != NULL && reply->count > 0) {
+        message.msg_control = ancillary;
+        message.msg_controllen = CMSG_SPACE(reply->count * sizeof(int));
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(reply->count * sizeof(int));
+        memcpy(CMSG_DATA(header), fds, reply->count * sizeof(int));
+    }
+    while (sendmsg(own_end, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno == EINTR)
+        ;
+}
+
+static void *serve(void *unused) {
+    (void)unused;
+    prctl(PR_SET_NAME, "gpusched-direct");
+    gate_exempt();
+    for (;;) {
+        struct request request;
+        ssize_t size = recv(own_end, &request, sizeof request, 0);
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size <= 0)
+            return NULL; /* somebody closed our descriptors: nobody can reach us any more */
+        if (size != sizeof request || request.magic != MAGIC)
+            continue;
+        struct reply reply = {.magic = MAGIC, .sequence = request.sequence};
+        int fds[BATCH];
+        for (int i = 0; i < BATCH; i++)
+            fds[i] = -1;
+        reply.status = perform(&request, &reply, fds);
+        reply.phase = atomic_load(&page->phase);
+        reply.total = table.count;
+        bool have_fds = reply.status == CUDA_SUCCESS;
+        for (uint32_t i = 0; i < reply.count; i++)
+            have_fds = have_fds && fds[i] >= 0;
+        answer(&reply, have_fds ? fds : NULL);
+    }
+}
+
+/* -- begin and end ------------------------------------------------------------------------------------------------- */
+
+/* Out of the way of programs that count on small numbers. */
+static int move_up(int fd) {
+    int high = fcntl(fd, F_DUPFD_CLOEXEC, HIGH_FD);
+    if (high < 0)
+        return fd;
+    close(fd);
+    return high;
+}
+
+static bool open_page(void) {
+    int ends[2];
+    page_fd = memfd_create(PAGE_NAME, MFD_CLOEXEC);
+    if (page_fd < 0)
+        return false;
+    if (ftruncate(page_fd, sizeof *page) != 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
+        close(page_fd);
+        return false;
+    }
+    page_fd = move_up(page_fd);
+    own_end = move_up(ends[0]);
+    daemon_end = move_up(ends[1]);
+    page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED, page_fd, 0);
+    if (page == MAP_FAILED)
+        return false;
+    *page = (struct page){.version = VERSION, .daemon_end = (uint32_t)daemon_end, .own_end = (uint32_t)own_end};
+    return true;
+}
+
+void control_start(void) {
+    bool before = false;
+    if (!atomic_compare_exchange_strong(&started, &before, true))
+        return;
+    if (!open_page())
+        return;
+    sigset_t all, old;
+    pthread_t thread;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* the program's signals are for its own threads */
+    if (pthread_create(&thread, NULL, serve, NULL) == 0) {
+        pthread_detach(thread);
+        page->magic = MAGIC; /* last: from here on we can be found */
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+void control_after_fork(void) {
+    if (!atomic_load(&started))
+        return;
+    close(page_fd);
+    close(own_end);
+    close(daemon_end);
+    if (page != NULL)
+        munmap(page, sizeof *page);
+    page = NULL;
+    page_fd = own_end = daemon_end = -1;
+    atomic_store(&started, false);
+}

@@ -1,0 +1,247 @@
+/* Every way into the driver: dlsym, cuGetProcAddress, and linking to it.
+ *
+ * Whoever looks up a function of libcuda gets one of many alike wrappers, which counts the thread in, calls the
+ * function and counts it out. The functions that make and free device memory are answered by memory.c instead.
+ */
+#define _GNU_SOURCE
+#include "direct.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct driver driver = {0};
+typedef long (*function)(long, long, long, long, long, long, long, long, long, long, long, long);
+
+/* -- the wrappers -------------------------------------------------------------------------------------------------- */
+
+enum { SLOTS = 1024 };
+static function real[SLOTS];
+
+/* No function of the driver has more than 12 arguments; what is passed beyond a function's own does no harm. */
+#define WRAPPER(n)                                                                                                     \
+    static long wrapper_##n(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k,    \
+                            long l) {                                                                                  \
+        struct thread *thread = gate_enter();                                                                          \
+        long result = real[0x##n](a, b, c, d, e, f, g, h, i, j, k, l);                                                 \
+        gate_leave(thread);                                                                                            \
+        return result;                                                                                                 \
+    }
+#define SIXTEEN(M, n)                                                                                                  \
+    M(n##0) M(n##1) M(n##2) M(n##3) M(n##4) M(n##5) M(n##6) M(n##7) M(n##8) M(n##9) M(n##a) M(n##b) M(n##c) M(n##d)    \
+        M(n##e) M(n##f)
+#define TIMES_256(M, n)                                                                                                \
+    SIXTEEN(M, n##0) SIXTEEN(M, n##1) SIXTEEN(M, n##2) SIXTEEN(M, n##3) SIXTEEN(M, n##4) SIXTEEN(M, n##5)              \
+    SIXTEEN(M, n##6) SIXTEEN(M, n##7) SIXTEEN(M, n##8) SIXTEEN(M, n##9) SIXTEEN(M, n##a) SIXTEEN(M, n##b)              \
+    SIXTEEN(M, n##c) SIXTEEN(M, n##d) SIXTEEN(M, n##e) SIXTEEN(M, n##f)
+#define ALL(M) TIMES_256(M, 0) TIMES_256(M, 1) TIMES_256(M, 2) TIMES_256(M, 3)
+
+ALL(WRAPPER)
+#define NAME(n) wrapper_##n,
+static const function wrappers[SLOTS] = {ALL(NAME)};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static size_t used;
+
+/* The one wrapper of a function; itself where there are no more. */
+static void *wrap(void *function_) {
+    pthread_mutex_lock(&lock);
+    size_t slot = 0;
+    while (slot < used && (void *)real[slot] != function_)
+        slot++;
+    if (slot == used && used < SLOTS)
+        real[used++] = (function)function_;
+    pthread_mutex_unlock(&lock);
+    return slot < SLOTS ? (void *)wrappers[slot] : function_;
+}
+
+/* -- what is not merely passed on ---------------------------------------------------------------------------------- */
+
+static CUresult init(unsigned flags) {
+    CUresult result = driver.cuInit(flags);
+    if (result == CUDA_SUCCESS)
+        control_start();
+    return result;
+}
+
+static CUresult alloc(CUdeviceptr *address, size_t size) {
+    struct thread *thread = gate_enter();
+    CUresult result = memory_alloc(address, size);
+    gate_leave(thread);
+    return result;
+}
+
+static CUresult free_(CUdeviceptr address) {
+    struct thread *thread = gate_enter();
+    CUresult result = memory_free(address);
+    gate_leave(thread);
+    return result;
+}
+
+static void *replace(const char *name, void *found);
+
+static CUresult get_proc_address(const char *name, void **found, int version, uint64_t flags, void *status) {
+    if (self != NULL && self->depth > 0) /* the driver asks for itself */
+        return driver.cuGetProcAddress(name, found, version, flags, status);
+    CUresult result = driver.cuGetProcAddress(name, found, version, flags, status);
+    if (result == CUDA_SUCCESS && found != NULL && *found != NULL && name != NULL)
+        *found = replace(name, *found);
+    return result;
+}
+
+/* The older form has no status, which is the last argument. */
+static CUresult get_proc_address_v1(const char *name, void **found, int version, uint64_t flags) {
+    return get_proc_address(name, found, version, flags, NULL);
+}
+
+static const struct {
+    const char *name; /* as dlsym knows it */
+    void *ours;
+} replaced[] = {
+    {"cuInit", (void *)init},
+    {"cuMemAlloc_v2", (void *)alloc},
+    {"cuMemFree_v2", (void *)free_},
+    {"cuGetProcAddress_v2", (void *)get_proc_address},
+    {"cuGetProcAddress", (void *)get_proc_address_v1},
+};
+enum { REPLACED = sizeof replaced / sizeof *replaced };
+/* The driver's functions of those names, by both ways to ask for them. */
+static void *by_symbol[REPLACED], *by_address[REPLACED];
+
+/* Asked for by name, not to be held: they take no lock that the driver's own lock needs, or are for us alone. */
+static bool is_left_alone(const char *name) {
+    return strcmp(name, "cuGetExportTable") == 0 || strncmp(name, "cuCheckpoint", 12) == 0 ||
+           strcmp(name, "cuGetErrorString") == 0 || strcmp(name, "cuGetErrorName") == 0 ||
+           strcmp(name, "cuDriverGetVersion") == 0;
+}
+
+static void *replace(const char *name, void *found) {
+    for (size_t i = 0; i < REPLACED; i++)
+        if (found == by_symbol[i] || found == by_address[i])
+            return replaced[i].ours;
+    return is_left_alone(name) ? found : wrap(found);
+}
+
+/* -- the driver's own functions ------------------------------------------------------------------------------------ */
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static bool is_there;         /* all that we need of the driver */
+static bool is_wanted = true; /* GPUSCHED_DIRECT=0 switches it off */
+
+static void find_driver(void) {
+    void *library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == NULL)
+        return;
+    const struct {
+        const char *name;
+        void *place;
+    } wanted[] = {
+        {"cuInit", &driver.cuInit},
+        {"cuGetProcAddress_v2", &driver.cuGetProcAddress},
+        {"cuCtxGetCurrent", &driver.cuCtxGetCurrent},
+        {"cuCtxSetCurrent", &driver.cuCtxSetCurrent},
+        {"cuCtxGetDevice", &driver.cuCtxGetDevice},
+        {"cuCtxSynchronize", &driver.cuCtxSynchronize},
+        {"cuDeviceGetAttribute", &driver.cuDeviceGetAttribute},
+        {"cuDeviceGetUuid", &driver.cuDeviceGetUuid},
+        {"cuMemAlloc_v2", &driver.cuMemAlloc},
+        {"cuMemFree_v2", &driver.cuMemFree},
+        {"cuMemCreate", &driver.cuMemCreate},
+        {"cuMemRelease", &driver.cuMemRelease},
+        {"cuMemAddressReserve", &driver.cuMemAddressReserve},
+        {"cuMemAddressFree", &driver.cuMemAddressFree},
+        {"cuMemMap", &driver.cuMemMap},
+        {"cuMemUnmap", &driver.cuMemUnmap},
+        {"cuMemSetAccess", &driver.cuMemSetAccess},
+        {"cuMemExportToShareableHandle", &driver.cuMemExportToShareableHandle},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *found = real_dlsym(library, wanted[i].name);
+        if (found == NULL)
+            return;
+        memcpy(wanted[i].place, &found, sizeof found);
+    }
+    static const struct {
+        const char *name;
+        int version;
+    } asked[REPLACED] = {
+        {"cuInit", 2000},
+        {"cuMemAlloc", 3020},
+        {"cuMemFree", 3020},
+        {"cuGetProcAddress", 12000},
+        {"cuGetProcAddress", 11030},
+    };
+    for (size_t i = 0; i < REPLACED; i++) {
+        by_symbol[i] = real_dlsym(library, replaced[i].name);
+        if (driver.cuGetProcAddress(asked[i].name, &by_address[i], asked[i].version, 0, NULL) != CUDA_SUCCESS)
+            by_address[i] = NULL;
+    }
+    is_there = true;
+}
+
+/* -- dlsym --------------------------------------------------------------------------------------------------------- */
+
+static void *(*dlsym_)(void *, const char *);
+
+static void find_dlsym(void) {
+    static const char *const versions[] = {"GLIBC_2.34", "GLIBC_2.2.5", "GLIBC_2.17"};
+    for (size_t i = 0; i < sizeof versions / sizeof *versions && dlsym_ == NULL; i++) {
+        void *found = dlvsym(RTLD_NEXT, "dlsym", versions[i]);
+        memcpy(&dlsym_, &found, sizeof found);
+    }
+    if (dlsym_ == NULL)
+        abort(); /* no such C library exists: this one was linked against it */
+}
+
+void *real_dlsym(void *library, const char *name) {
+    if (dlsym_ == NULL)
+        find_dlsym();
+    return dlsym_(library, name);
+}
+
+static bool is_of_libcuda(void *found) {
+    Dl_info about;
+    const char *file;
+    if (dladdr(found, &about) == 0 || about.dli_fname == NULL)
+        return false;
+    file = strrchr(about.dli_fname, '/');
+    return strncmp(file ? file + 1 : about.dli_fname, "libcuda.so", 10) == 0;
+}
+
+static __attribute__((noinline)) void *look_up(void *library, const char *name) {
+    void *found = real_dlsym(library, name);
+    if (found == NULL || !is_of_libcuda(found))
+        return found;
+    if (self != NULL && self->depth > 0)
+        return found; /* the driver asks for itself */
+    struct thread *thread = gate_enter();
+    pthread_once(&once, find_driver);
+    gate_leave(thread);
+    return is_there && is_wanted ? replace(name, found) : found;
+}
+
+/* RTLD_NEXT and RTLD_DEFAULT depend on who asks, which the real one sees by its return address: so it is jumped to, not
+ * called, whatever is not certainly about CUDA. (GCC and clang make a jump of it at -O2; a test sees to that.) */
+PUBLIC void *dlsym(void *library, const char *name) {
+    if (dlsym_ == NULL)
+        find_dlsym();
+    if (library == RTLD_NEXT || library == RTLD_DEFAULT || name[0] != 'c' || name[1] != 'u')
+        return dlsym_(library, name);
+    return look_up(library, name);
+}
+
+/* -- fork ---------------------------------------------------------------------------------------------------------- */
+
+static void after_fork(void) {
+    pthread_mutex_init(&lock, NULL);
+    gate_after_fork();
+    control_after_fork();
+    memory_after_fork();
+}
+
+__attribute__((constructor)) static void begin(void) {
+    const char *wish = getenv("GPUSCHED_DIRECT");
+    is_wanted = wish == NULL || strcmp(wish, "0") != 0;
+    pthread_atfork(NULL, NULL, after_fork);
+}

@@ -1,0 +1,368 @@
+/* A stand-in for the CUDA driver, for tests on machines without a GPU: device memory is host memory.
+ *
+ * Real in it: who holds memory and for how long (memory files), addresses that stay while memory goes, calls that block
+ * while a process is locked from outside, "kernels" that run on a thread of their own. Not real: everything else. What
+ * other processes may know lies in STANDIN_DIR, one file for each process.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define API __attribute__((visibility("default")))
+typedef int CUresult;
+typedef unsigned long long Ptr;
+enum { OK = 0, INVALID = 1, OOM = 2, NOT_INITIALIZED = 3, NOT_READY = 600, NOT_FOUND = 500, NOT_SUPPORTED = 801 };
+enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2 };
+
+/* -- what other processes see -------------------------------------------------------------------------------------- */
+
+struct shared {
+    _Atomic int state;   /* as cuCheckpointProcessGetState says */
+    _Atomic int inside;  /* calls that have begun and not ended */
+};
+static struct shared *mine;
+
+static struct shared *shared_of(int pid, bool make) {
+    char path[256];
+    const char *directory = getenv("STANDIN_DIR");
+    snprintf(path, sizeof path, "%s/%d", directory ? directory : "/tmp", pid);
+    int fd = open(path, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0600);
+    if (fd < 0)
+        return NULL;
+    if (make && ftruncate(fd, sizeof *mine) != 0)
+        abort();
+    void *found = mmap(NULL, sizeof *mine, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    return found == MAP_FAILED ? NULL : found;
+}
+
+static void enter(void) {
+    for (;;) {
+        atomic_fetch_add(&mine->inside, 1);
+        if (atomic_load(&mine->state) == RUNNING)
+            return;
+        atomic_fetch_sub(&mine->inside, 1);
+        usleep(200);
+    }
+}
+
+static CUresult leave(CUresult result) {
+    atomic_fetch_sub(&mine->inside, 1);
+    return result;
+}
+#define CALL(body) (enter(), leave(body))
+
+/* -- device, context ----------------------------------------------------------------------------------------------- */
+
+static __thread void *current;
+
+API CUresult cuInit(unsigned flags) {
+    (void)flags;
+    if (mine == NULL)
+        mine = shared_of(getpid(), true);
+    return mine == NULL ? NOT_INITIALIZED : OK;
+}
+API CUresult cuDriverGetVersion(int *version) { *version = 13000; return OK; }
+API CUresult cuDeviceGet(int *device, int n) { *device = n; return n == 0 ? OK : INVALID; }
+API CUresult cuDeviceGetCount(int *count) { *count = 1; return OK; }
+API CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    *value = attribute == 102 || attribute == 103;
+    return OK;
+}
+API CUresult cuDeviceGetUuid(void *uuid, int device) {
+    memset(uuid, 0x5a, 16);
+    (void)device;
+    return OK;
+}
+API CUresult cuDevicePrimaryCtxRetain(void **context, int device) {
+    static int primary;
+    (void)device;
+    *context = &primary;
+    return CALL(OK);
+}
+API CUresult cuCtxSetCurrent(void *context) { current = context; return CALL(OK); }
+API CUresult cuCtxGetCurrent(void **context) { *context = current; return CALL(OK); }
+API CUresult cuCtxGetDevice(int *device) { *device = 0; return CALL(current ? OK : INVALID); }
+
+/* -- memory -------------------------------------------------------------------------------------------------------- */
+
+/* Of a GPU that each process has to itself; the file "vram" changes it. */
+static size_t capacity(void) {
+    char path[256], text[32] = {0};
+    snprintf(path, sizeof path, "%s/vram", getenv("STANDIN_DIR") ? getenv("STANDIN_DIR") : "/tmp");
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return (size_t)1 << 30;
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    return size > 0 ? strtoull(text, NULL, 10) : 0;
+}
+static _Atomic size_t used; /* of this process alone */
+
+API CUresult cuMemGetInfo_v2(size_t *free_, size_t *total) {
+    *total = capacity();
+    *free_ = *total - used;
+    return CALL(OK);
+}
+
+struct header { size_t size; char pad[4096 - sizeof(size_t)]; };
+static CUresult do_alloc(Ptr *address, size_t size) {
+    if (used + size > capacity())
+        return OOM;
+    struct header *made = mmap(NULL, size + sizeof *made, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made == MAP_FAILED)
+        return OOM;
+    made->size = size;
+    used += size;
+    *address = (Ptr)(made + 1);
+    return OK;
+}
+API CUresult cuMemAlloc_v2(Ptr *address, size_t size) { return CALL(do_alloc(address, size)); }
+static CUresult do_free(Ptr address) {
+    struct header *made = (struct header *)address - 1;
+    used -= made->size;
+    munmap(made, made->size + sizeof *made);
+    return OK;
+}
+API CUresult cuMemFree_v2(Ptr address) { return CALL(do_free(address)); }
+
+/* A handle is the number of a memory file, plus one. */
+struct properties { int type, handle_types, location, device; };
+static CUresult do_create(unsigned long long *handle, size_t size, const struct properties *p) {
+    if (size % (2 << 20) || p->handle_types != 1)
+        return INVALID;
+    if (used + size > capacity())
+        return OOM;
+    int fd = memfd_create("standin-vram", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, (off_t)size) != 0)
+        return OOM;
+    used += size;
+    *handle = (unsigned long long)fd + 1;
+    return OK;
+}
+API CUresult cuMemCreate(unsigned long long *handle, size_t size, const void *p, unsigned long long flags) {
+    (void)flags;
+    return CALL(do_create(handle, size, p));
+}
+static CUresult do_release(unsigned long long handle) {
+    struct stat about;
+    if (fstat((int)handle - 1, &about) != 0)
+        return INVALID;
+    used -= (size_t)about.st_size;
+    close((int)handle - 1);
+    return OK;
+}
+API CUresult cuMemRelease(unsigned long long handle) { return CALL(do_release(handle)); }
+static CUresult do_reserve(Ptr *address, size_t size) {
+    const size_t align = 2 << 20;
+    char *found = mmap(NULL, size + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED)
+        return OOM;
+    char *begin = (char *)(((uintptr_t)found + align - 1) & ~(align - 1));
+    if (begin > found)
+        munmap(found, (size_t)(begin - found));
+    if (found + align > begin)
+        munmap(begin + size, (size_t)(found + align - begin));
+    *address = (Ptr)begin;
+    return OK;
+}
+API CUresult cuMemAddressReserve(Ptr *address, size_t size, size_t align, Ptr wish, unsigned long long flags) {
+    (void)align, (void)wish, (void)flags;
+    return CALL(do_reserve(address, size));
+}
+API CUresult cuMemAddressFree(Ptr address, size_t size) { return CALL(munmap((void *)address, size) ? INVALID : OK); }
+static CUresult do_map(Ptr address, size_t size, int fd, int protection) {
+    struct stat about;
+    if (fstat(fd, &about) != 0 || (size_t)about.st_size != size)
+        return INVALID;
+    return mmap((void *)address, size, protection, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED ? INVALID : OK;
+}
+API CUresult cuMemMap(Ptr address, size_t size, size_t offset, unsigned long long handle, unsigned long long flags) {
+    (void)offset, (void)flags;
+    return CALL(do_map(address, size, (int)handle - 1, PROT_NONE));
+}
+API CUresult cuMemUnmap(Ptr address, size_t size) {
+    return CALL(mmap((void *)address, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) ==
+                        MAP_FAILED
+                    ? INVALID
+                    : OK);
+}
+API CUresult cuMemSetAccess(Ptr address, size_t size, const void *access, size_t count) {
+    (void)access, (void)count;
+    return CALL(mprotect((void *)address, size, PROT_READ | PROT_WRITE) ? INVALID : OK);
+}
+API CUresult cuMemExportToShareableHandle(void *fd, unsigned long long handle, int type, unsigned long long flags) {
+    (void)type, (void)flags;
+    *(int *)fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 0);
+    return CALL(*(int *)fd < 0 ? INVALID : OK);
+}
+static CUresult do_import(unsigned long long *handle, int fd) {
+    char link[64], name[64] = {0};
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, name, sizeof name - 1) < 0 || strncmp(name, "/memfd:standin-vram", 19) != 0)
+        return INVALID; /* as the driver: no memory of its own */
+    struct stat about;
+    fstat(fd, &about);
+    used += (size_t)about.st_size;
+    *handle = (unsigned long long)fcntl(fd, F_DUPFD_CLOEXEC, 0) + 1;
+    return OK;
+}
+API CUresult cuMemImportFromShareableHandle(unsigned long long *handle, void *fd, int type) {
+    (void)type;
+    return CALL(do_import(handle, (int)(intptr_t)fd));
+}
+API CUresult cuMemHostRegister_v2(void *address, size_t size, unsigned flags) {
+    (void)address, (void)size, (void)flags;
+    return CALL(OK);
+}
+API CUresult cuMemHostUnregister(void *address) { (void)address; return CALL(OK); }
+
+/* -- streams: one queue, one thread; copies are done at once ------------------------------------------------------- */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static struct work { uint64_t *words; size_t count; } queue[1024];
+static size_t begun, done;
+static bool runs;
+
+static void *run(void *unused) __attribute__((noreturn));
+static void *run(void *unused) {
+    (void)unused;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        while (done == begun)
+            pthread_cond_wait(&changed, &lock);
+        struct work work = queue[done % 1024];
+        pthread_mutex_unlock(&lock);
+        for (size_t i = 0; i < work.count; i++)
+            work.words[i]++;
+        pthread_mutex_lock(&lock);
+        done++;
+        pthread_cond_broadcast(&changed);
+    }
+}
+/* The only "kernel": adds one to each of the words. Parameters: address, count. */
+static CUresult do_launch(void **parameters) {
+    pthread_mutex_lock(&lock);
+    if (!runs) {
+        pthread_t thread;
+        pthread_create(&thread, NULL, run, NULL);
+        runs = true;
+    }
+    while (begun - done == 1024)
+        pthread_cond_wait(&changed, &lock);
+    queue[begun++ % 1024] = (struct work){*(uint64_t **)parameters[0], *(size_t *)parameters[1]};
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+    return OK;
+}
+API CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                            unsigned shared, void *stream, void **parameters, void **extra) {
+    (void)f, (void)gx, (void)gy, (void)gz, (void)bx, (void)by, (void)bz, (void)shared, (void)stream, (void)extra;
+    return CALL(do_launch(parameters));
+}
+static CUresult do_synchronize(void) {
+    pthread_mutex_lock(&lock);
+    size_t until = begun;
+    while (done < until)
+        pthread_cond_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+    return OK;
+}
+API CUresult cuCtxSynchronize(void) { return CALL(do_synchronize()); }
+API CUresult cuStreamSynchronize(void *stream) { (void)stream; return CALL(do_synchronize()); }
+API CUresult cuStreamCreate(void **stream, unsigned flags) { (void)flags; *stream = (void *)1; return CALL(OK); }
+/* A call that does not come back for so many microseconds. */
+API CUresult cuStandinSleep(unsigned us) { return CALL((usleep(us), OK)); }
+static CUresult do_copy(void *to, const void *from, size_t size) { do_synchronize(); memcpy(to, from, size); return OK; }
+API CUresult cuMemcpyDtoHAsync_v2(void *to, Ptr from, size_t size, void *stream) {
+    (void)stream;
+    return CALL(do_copy(to, (void *)from, size));
+}
+API CUresult cuMemcpyHtoDAsync_v2(Ptr to, const void *from, size_t size, void *stream) {
+    (void)stream;
+    return CALL(do_copy((void *)to, from, size));
+}
+API CUresult cuMemcpyDtoDAsync_v2(Ptr to, Ptr from, size_t size, void *stream) {
+    (void)stream;
+    return CALL(do_copy((void *)to, (void *)from, size));
+}
+API CUresult cuMemsetD8_v2(Ptr to, unsigned char value, size_t size) {
+    return CALL((do_synchronize(), memset((void *)to, value, size), OK));
+}
+
+/* -- checkpoints of other processes -------------------------------------------------------------------------------- */
+
+static CUresult change(int pid, int from, int to) {
+    struct shared *other = shared_of(pid, false);
+    if (other == NULL)
+        return NOT_INITIALIZED;
+    int expected = from;
+    CUresult result = atomic_compare_exchange_strong(&other->state, &expected, to) ? OK : INVALID;
+    munmap(other, sizeof *other);
+    return result;
+}
+API CUresult cuCheckpointProcessLock(int pid, void *arguments) {
+    unsigned wait_ms = arguments ? *(unsigned *)arguments : 0;
+    struct shared *other = shared_of(pid, false);
+    CUresult result = change(pid, RUNNING, LOCKED);
+    for (unsigned waited = 0; result == OK && atomic_load(&other->inside) > 0; waited++) {
+        if (wait_ms && waited >= wait_ms) {
+            change(pid, LOCKED, RUNNING);
+            result = NOT_READY;
+        }
+        usleep(1000);
+    }
+    return result;
+}
+API CUresult cuCheckpointProcessCheckpoint(int pid, void *a) { (void)a; return change(pid, LOCKED, CHECKPOINTED); }
+API CUresult cuCheckpointProcessRestore(int pid, void *a) { (void)a; return change(pid, CHECKPOINTED, LOCKED); }
+API CUresult cuCheckpointProcessUnlock(int pid, void *a) { (void)a; return change(pid, LOCKED, RUNNING); }
+API CUresult cuCheckpointProcessGetState(int pid, int *state) {
+    struct shared *other = shared_of(pid, false);
+    if (other == NULL)
+        return NOT_INITIALIZED;
+    *state = atomic_load(&other->state);
+    munmap(other, sizeof *other);
+    return OK;
+}
+
+/* -- looking up ---------------------------------------------------------------------------------------------------- */
+
+API CUresult cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long flags, void *status) {
+    static const char *const renamed[] = {"cuMemAlloc", "cuMemFree", "cuMemGetInfo", "cuMemHostRegister",
+        "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8", "cuGetProcAddress"};
+    static void *self;
+    char symbol[128];
+    (void)version, (void)flags, (void)status;
+    if (self == NULL) {
+        Dl_info about;
+        dladdr((void *)cuInit, &about);
+        self = dlopen(about.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    }
+    bool second = false;
+    for (size_t i = 0; i < sizeof renamed / sizeof *renamed; i++)
+        second = second || strcmp(name, renamed[i]) == 0;
+    snprintf(symbol, sizeof symbol, "%s%s", name, second ? "_v2" : "");
+    void *address = dlsym(self, symbol);
+    *found = address;
+    return address ? OK : NOT_FOUND;
+}
+API CUresult cuGetProcAddress(const char *name, void **found, int version, unsigned long long flags) {
+    return cuGetProcAddress_v2(name, found, version, flags, NULL);
+}
+API CUresult cuGetExportTable(const void **table, const void *id) { (void)table, (void)id; return NOT_FOUND; }
+API CUresult cuGetErrorString(CUresult error, const char **text) { (void)error; *text = "stand-in"; return OK; }
+API CUresult cuGetErrorName(CUresult error, const char **text) { (void)error; *text = "stand-in"; return OK; }

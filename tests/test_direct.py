@@ -1,0 +1,408 @@
+"""VRAM past the driver, against a stand-in driver: the gate, the hand-over, the pool, and who dies in the middle."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import standin_cuda
+from gpusched import errors
+from gpusched.mechanisms.cuda import direct, pool
+from gpusched.mechanisms.cuda.direct import DirectDriver
+from gpusched.mechanisms.cuda.pool import Pool
+from gpusched.mechanisms.cuda.target import Phase, Target
+from gpusched.ports import DriverState
+from gpusched.units import MIB
+from standin_cuda import Program, StandinDriver
+
+pytestmark = pytest.mark.skipif(standin_cuda.compiler() is None, reason="needs a C compiler")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("standin")
+    standin_cuda.build(directory)
+    return directory
+
+
+@pytest.fixture
+def standin(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "processes").mkdir()
+    monkeypatch.setenv("STANDIN_DIR", str(tmp_path / "processes"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(built))
+    monkeypatch.setattr(pool, "CHUNK_BYTES", 16 * MIB)
+    monkeypatch.setattr("gpusched.mechanisms.cuda.mover_client.CHUNK_BYTES", 16 * MIB)
+    return built
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Where the pool lies: in memory."""
+    path = Path(f"/dev/shm/gpusched-test-{os.getpid()}-{random.randrange(10**9)}")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Bench:
+    """A daemon's helper as far as it matters here."""
+
+    def __init__(self, tmp_path: Path, home: Path) -> None:
+        self._processes, self._home = tmp_path / "processes", home
+        self._start()
+
+    def begin(self) -> None:
+        """As a new helper does, whatever the last one left."""
+        self.direct.close()  # movers end with their helper
+        self._start()
+
+    def _start(self) -> None:
+        self.driver = StandinDriver(self._processes)
+        self.direct = DirectDriver(self.driver, Pool(self._home))
+
+    def freeze(self, pid: int, *, keep_context: bool = False) -> None:
+        self.direct.lock(pid, 5.0)
+        self.direct.checkpoint(pid, keep_context=keep_context)
+
+    def thaw(self, pid: int) -> None:
+        self.direct.restore(pid, None)
+        self.direct.unlock(pid)
+
+    def state(self, pid: int) -> DriverState:
+        return self.direct.states([pid])[pid]
+
+
+@pytest.fixture
+def bench(standin: Path, tmp_path: Path, home: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path, home)
+    yield made
+    made.direct.close()
+
+
+@pytest.fixture
+def program(standin: Path, tmp_path: Path) -> Iterator[Program]:
+    with Program(standin, tmp_path / "program.log", 8, 2) as started:
+        yield started
+
+
+# -- there and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_contents_leave_and_come_back_at_any_moment(
+    bench: Bench, program: Program, keep_context: bool
+) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(10):
+        time.sleep(rng.uniform(0, 0.05))
+        bench.freeze(program.pid, keep_context=keep_context)
+        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        assert bench.direct.last(program.pid).path == "direct"
+        bench.thaw(program.pid)
+        assert bench.state(program.pid) == DriverState.RUNNING
+    program.runs_on()
+    assert bench.direct.pool.snapshots() == []
+
+
+def test_nothing_of_it_is_left_on_the_device(bench: Bench, program: Program) -> None:
+    assert memory_files(program.pid) > 0
+    bench.freeze(program.pid)
+    program.stands_still()
+    assert memory_files(program.pid) == 0
+    assert sum(memory_files(mover.pid or 0) for mover in bench.direct.movers.all()) == 0
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def memory_files(pid: int) -> int:
+    """The stand-in's physical memory that a process holds or has mapped."""
+    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
+
+
+def test_what_is_closed_is_opened_again_without_having_left(bench: Bench, program: Program) -> None:
+    bench.direct.lock(program.pid, 5.0)
+    assert bench.state(program.pid) == DriverState.LOCKED
+    program.stands_still()
+    bench.direct.unlock(program.pid)
+    program.runs_on()
+
+
+# -- what it falls back from ----------------------------------------------------------------------
+
+
+def test_a_pool_without_room_leaves_it_to_the_driver(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_available_bytes", lambda: 0)
+    bench.freeze(program.pid)
+    assert bench.state(program.pid) == DriverState.CHECKPOINTED
+    assert bench.direct.last(program.pid).path == "driver"
+    assert phase(program.pid) == Phase.CLOSED
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def phase(pid: int) -> Phase | None:
+    target = Target.find(pid)
+    assert target is not None
+    with target:
+        return target.phase
+
+
+def test_a_mover_that_cannot_start_leaves_it_to_the_driver(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpusched.mechanisms.cuda.mover_client._MOVER", ["false"])
+    bench.freeze(program.pid)
+    assert bench.direct.last(program.pid).path == "driver"
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def test_a_thread_that_stays_in_the_driver_opens_the_gate_again(
+    bench: Bench, standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_GATE_S", 0.2)
+    with Program(standin, tmp_path / "log", 2, 1, PROGRAM_SLEEP_US="3000000") as program:
+        with pytest.raises(errors.LockTimeout):
+            bench.direct.lock(program.pid, 0.5)
+        assert bench.state(program.pid) == DriverState.RUNNING
+        program.runs_on()
+
+
+def test_a_program_that_does_not_want_it_goes_the_drivers_way(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with Program(standin, tmp_path / "log", 2, GPUSCHED_DIRECT="0") as program:
+        assert Target.find(program.pid) is None
+        bench.freeze(program.pid)
+        assert bench.direct.last(program.pid).path == "driver"
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+# -- who dies -------------------------------------------------------------------------------------
+
+
+def test_a_new_helper_goes_on_from_every_phase(bench: Bench, program: Program) -> None:
+    for keep_context in (False, True):
+        bench.direct.lock(program.pid, 5.0)
+        bench.begin()
+        assert bench.state(program.pid) == DriverState.LOCKED
+        bench.direct.checkpoint(program.pid, keep_context=keep_context)
+        bench.begin()
+        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        bench.direct.restore(program.pid, None)
+        bench.begin()
+        assert bench.state(program.pid) == DriverState.LOCKED
+        bench.direct.unlock(program.pid)
+        program.runs_on()
+
+
+def test_a_mover_killed_at_any_moment_loses_nothing(bench: Bench, program: Program) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    bench.freeze(program.pid)
+    bench.thaw(program.pid)
+    for _ in range(12):
+        killer = threading.Timer(rng.uniform(0, 0.05), kill_movers, [bench])
+        killer.start()
+        try:
+            bench.freeze(program.pid)
+        except errors.GpuschedError as error:
+            print("freeze:", error)
+        killer.join()
+        thaw_whatever(bench, program.pid)
+        killer = threading.Timer(rng.uniform(0, 0.05), kill_movers, [bench])
+        bench.freeze(program.pid)
+        killer.start()
+        try:
+            bench.thaw(program.pid)
+        except errors.GpuschedError as error:
+            print("thaw:", error)
+        killer.join()
+        thaw_whatever(bench, program.pid)
+        program.runs_on()
+
+
+def kill_movers(bench: Bench) -> None:
+    for mover in bench.direct.movers.all():
+        if mover.pid is not None:
+            os.kill(mover.pid, signal.SIGKILL)
+
+
+def thaw_whatever(bench: Bench, pid: int) -> None:
+    """As the engine does after an error: asks what is true and goes from there."""
+    state = bench.state(pid)
+    if state == DriverState.CHECKPOINTED:
+        bench.direct.restore(pid, None)
+        state = DriverState.LOCKED
+    if state == DriverState.LOCKED:
+        bench.direct.unlock(pid)
+
+
+@pytest.mark.parametrize("call", ["lock", "checkpoint", "restore", "unlock"])
+def test_a_driver_that_fails_leaves_a_state_to_go_on_from(
+    bench: Bench, program: Program, call: str
+) -> None:
+    bench.driver.fails = call
+    with pytest.raises(errors.DriverError, match=f"{call} fails"):
+        bench.freeze(program.pid)
+        bench.thaw(program.pid)
+    bench.driver.fails = ""
+    thaw_whatever(bench, program.pid)
+    program.runs_on()
+
+
+def test_a_process_that_dies_in_any_phase_takes_nothing_with_it(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    for number, delay in enumerate((0.0, 0.005, 0.01, 0.02)):
+        with Program(standin, tmp_path / f"log{number}", 8) as program:
+            killer = threading.Timer(delay, program.process.kill)
+            killer.start()
+            with pytest.raises((errors.GpuschedError, OSError)):
+                while True:
+                    bench.freeze(program.pid)
+                    bench.thaw(program.pid)
+            killer.join()
+    bench.direct.forget_dead()
+    assert bench.direct.pool.snapshots() == []
+
+
+def test_memory_that_somebody_else_took_is_refused_and_tried_again(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with Program(standin, tmp_path / "log", 8) as program:
+        bench.freeze(program.pid)
+        limit = tmp_path / "processes" / "vram"
+        limit.write_text(str(8 * MIB))
+        with pytest.raises(errors.InsufficientGpuMemory, match="stays frozen"):
+            bench.direct.restore(program.pid, None)
+        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        program.stands_still()
+        assert memory_files(program.pid) == 0
+        limit.unlink()
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+# -- strangers ------------------------------------------------------------------------------------
+
+LIAR = """
+import ctypes, mmap, os, socket, struct, sys
+fd = os.memfd_create("gpusched-direct")
+os.ftruncate(fd, 24)
+page = mmap.mmap(fd, 24)
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+page[:24] = struct.pack("<6I", 0x47534431, 1, theirs.fileno(), ours.fileno(), 0, 0)
+print("ready", flush=True)
+while True:
+    _, sequence, operation, _, first = struct.unpack("<4IQ", ours.recv(64))
+    MODE
+"""
+LIES = {
+    "silence": "pass",
+    "nonsense": "ours.send(b'x' * 100)",
+    "an endless table": "ours.send(struct.pack('<2IiIIIQQ', 0x47534431, sequence, 0, 0, 0, 0, first + 1, 1 << 40))",
+    "circles": "ours.send(struct.pack('<2IiIIIQQ', 0x47534431, sequence, 0, 0, 0, 0, 0, 9))",
+    "a huge piece": "ours.send(struct.pack('<2IiIIIQQ3Q16s', 0x47534431, sequence, 0, 1, 0, 0, 1, 1,"
+    " 0, 4096, 1 << 60, b''))",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_process_that_lies_costs_an_error_and_little_time(
+    bench: Bench, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpusched.mechanisms.cuda.target._LOOK_S", 0.3)
+    code = LIAR.replace("MODE", LIES[lie])
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as liar:
+        assert liar.stdout is not None
+        liar.stdout.readline()
+        (tmp_path / "processes" / str(liar.pid)).write_bytes(bytes(8))
+        begun = time.monotonic()
+        bench.freeze(liar.pid)  # the driver's way
+        assert bench.direct.last(liar.pid).path == "driver"
+        assert time.monotonic() - begun < 5
+        bench.thaw(liar.pid)
+        liar.kill()
+
+
+def test_descriptors_that_are_no_memory_are_an_error_of_the_mover(
+    bench: Bench, program: Program
+) -> None:
+    """A file, a directory or a socket instead of memory: the process goes on, by the driver's way."""
+    taken = bench.direct.pool.take(program.pid, 0, 0, [4 * MIB])
+    with (
+        Path("/etc/passwd").open() as file,
+        bench.direct.movers.of("GPU-5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a").job(taken) as mover,
+        pytest.raises(errors.DriverError, match="cuMemImportFromShareableHandle"),
+    ):
+        mover.take(list(taken.slices()), [file.fileno()])
+    bench.freeze(program.pid)
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+# -- the library ----------------------------------------------------------------------------------
+
+NEXT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+int which(void) { int (*next)(void) = (int (*)(void))dlsym(RTLD_NEXT, "which"); return next ? 10 * next() + 1 : 1; }
+"""
+
+
+def test_rtld_next_means_what_it_meant(standin: Path, tmp_path: Path) -> None:
+    """Of two libraries with one name, the first finds the second's: who asks is seen by where it returns to."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.c").write_text(NEXT)
+        command = [str(standin_cuda.compiler()), "-O2", "-fPIC", "-shared"]
+        command += ["-o", str(tmp_path / f"lib{name}.so"), str(tmp_path / f"{name}.c"), "-ldl"]
+        subprocess.run(command, check=True)
+    code = "import ctypes; print(ctypes.CDLL(None).which())"
+    preload = f"{standin / 'libdirect.so'}:{tmp_path / 'liba.so'}:{tmp_path / 'libb.so'}"
+    env = os.environ | {"LD_PRELOAD": preload}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "11"
+
+
+def test_a_child_of_a_fork_has_none_of_it(standin: Path, tmp_path: Path) -> None:
+    code = """
+import ctypes, os, sys, time
+cuda = ctypes.CDLL("libcuda.so.1")
+assert cuda.cuInit(0) == 0
+if os.fork():
+    os.wait()
+else:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+    env = os.environ | {"LD_PRELOAD": str(standin / "libdirect.so")}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Target.find(child) is None
+        found = Target.find(parent.pid)
+        assert found is not None
+        with found:
+            found.close_gate(2.0)
+            found.open_gate()
+        os.kill(child, signal.SIGKILL)
