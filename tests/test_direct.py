@@ -132,6 +132,42 @@ def memory_files(pid: int) -> int:
     return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
 
 
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_contents_that_a_process_has_absorbed_come_back_from_there(
+    bench: Bench, program: Program, keep_context: bool
+) -> None:
+    for _ in range(2):
+        bench.freeze(program.pid, keep_context=keep_context)
+        os.kill(program.pid, signal.SIGSTOP)
+        bench.direct.absorb(program.pid)
+        assert bench.direct.pool.snapshots() == []
+        bench.direct.absorb(program.pid)  # there is nothing more to do
+        os.kill(program.pid, signal.SIGCONT)
+        bench.thaw(program.pid)
+        assert bench.direct.last(program.pid).path == "own"
+        program.runs_on()
+
+
+def test_what_was_half_absorbed_is_absorbed_and_comes_back(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Target.write
+
+    def fail_late(target: Target, offset: int, data: bytes) -> None:
+        if offset > 0:
+            raise errors.DriverError("no")
+        write(target, offset, data)
+
+    bench.freeze(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "write", fail_late)
+        with pytest.raises(errors.DriverError):
+            bench.direct.absorb(program.pid)
+    bench.begin()
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
 def test_what_is_closed_is_opened_again_without_having_left(bench: Bench, program: Program) -> None:
     bench.direct.lock(program.pid, 5.0)
     assert bench.state(program.pid) == DriverState.LOCKED
@@ -306,8 +342,8 @@ def test_memory_that_somebody_else_took_is_refused_and_tried_again(
 LIAR = """
 import ctypes, mmap, os, socket, struct, sys
 fd = os.memfd_create("gpusched-direct")
-os.ftruncate(fd, 24)
-page = mmap.mmap(fd, 24)
+os.ftruncate(fd, 48)
+page = mmap.mmap(fd, 48)
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 page[:24] = struct.pack("<6I", 0x47534431, 1, theirs.fileno(), ours.fileno(), 0, 0)
 print("ready", flush=True)

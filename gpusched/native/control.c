@@ -27,12 +27,15 @@ enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64, HIGH_FD = 500 };
 enum phase { RUNNING, CLOSED, PARKED };
 enum operation { STATE, CLOSE, OPEN, LIST, EXPORT, HELD, PARK, DROP, CREATE, ATTACH };
 
-/* What the daemon can read at any moment, also of a stopped process. Nothing but `cancel` is written by it. */
+/* What the daemon can read at any moment, also of a stopped process. Of it the daemon writes `cancel` and `absorbed`. */
 struct page {
     uint32_t magic, version;
     uint32_t daemon_end, own_end; /* descriptors */
     _Atomic uint32_t phase;
     _Atomic uint32_t cancel; /* whoever asked for CLOSE has given up */
+    uint64_t shelter, shelter_size; /* addresses of our own, where the contents may be put while they are parked */
+    _Atomic uint32_t absorbed;      /* that is where they are */
+    uint32_t reserved;
 };
 
 struct request {
@@ -132,15 +135,59 @@ static CUresult create(struct memory *memory) {
 static CUresult map(struct memory *memory) {
     if (!memory->handle)
         return CUDA_ERROR_INVALID_VALUE;
+    if (memory->mapped)
+        return CUDA_SUCCESS;
     return memory_map(memory);
 }
 
 /* Takes back what `create` made, where not all of it fits. */
 static CUresult uncreate(struct memory *memory) {
     memory_drop_fd(memory);
-    if (memory->handle)
+    if (memory->mapped)
+        memory_unmap(memory);
+    else if (memory->handle)
         driver.cuMemRelease(memory->handle);
     memory->handle = 0;
+    return CUDA_SUCCESS;
+}
+
+/* Room in our own memory, of which no page is there until somebody writes to it. What is here goes where we go: to disk,
+ * and into copies. */
+static bool make_shelter(void) {
+    void *made = mmap(NULL, table.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (made == MAP_FAILED)
+        return false;
+    page->shelter = (uint64_t)(uintptr_t)made;
+    page->shelter_size = table.bytes;
+    return true;
+}
+
+static void leave_shelter(void) {
+    if (page->shelter_size > 0)
+        munmap((void *)(uintptr_t)page->shelter, page->shelter_size);
+    page->shelter = page->shelter_size = 0;
+    atomic_store(&page->absorbed, 0);
+}
+
+/* From our own memory, one piece after the other as they stand in the table. */
+static const char *next_sheltered;
+static CUresult fill(struct memory *memory) {
+    CUresult result = driver.cuMemcpyHtoD(memory->address, next_sheltered, memory->size);
+    next_sheltered += memory->size;
+    return result;
+}
+
+static CUresult attach(bool from_shelter) {
+    CUresult result = for_all(map);
+    if (result == CUDA_SUCCESS && from_shelter) {
+        next_sheltered = (const char *)(uintptr_t)page->shelter;
+        result = for_all(fill);
+    }
+    if (result != CUDA_SUCCESS)
+        return result;
+    drop_all();
+    leave_shelter();
+    set_phase(CLOSED);
     return CUDA_SUCCESS;
 }
 
@@ -180,6 +227,8 @@ static CUresult perform(const struct request *request, struct reply *reply, int 
     case PARK:
         if (phase == RUNNING)
             return -EBUSY;
+        if (phase == CLOSED && !make_shelter())
+            return -ENOMEM;
         set_phase(PARKED); /* before the first goes: from here on the contents are not all in place */
         return for_all(unmap);
     case DROP:
@@ -196,12 +245,7 @@ static CUresult perform(const struct request *request, struct reply *reply, int 
     case ATTACH:
         if (phase != PARKED)
             return -EBUSY;
-        result = for_all(map);
-        if (result == CUDA_SUCCESS) {
-            drop_all();
-            set_phase(CLOSED);
-        }
-        return result;
+        return attach(request->argument != 0 && atomic_load(&page->absorbed));
     }
     return -EINVAL;
 }

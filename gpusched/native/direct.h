@@ -65,6 +65,7 @@ struct driver {
     CUresult (*cuCtxSynchronize)(void);
     CUresult (*cuDeviceGetAttribute)(int *, int, CUdevice);
     CUresult (*cuDeviceGetUuid)(void *, CUdevice);
+    CUresult (*cuMemcpyHtoD)(CUdeviceptr, const void *, size_t);
     CUresult (*cuMemAlloc)(CUdeviceptr *, size_t);
     CUresult (*cuMemFree)(CUdeviceptr);
     CUresult (*cuMemCreate)(CUhandle *, size_t, const struct allocation_properties *, uint64_t);
@@ -132,6 +133,7 @@ struct memory {
     CUcontext context;
     CUdevice device;
     CUhandle handle; /* 0 while the contents are elsewhere */
+    bool mapped;
     int fd;          /* the exported handle, which keeps the memory alive; -1: none */
 };
 

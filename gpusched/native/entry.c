@@ -145,6 +145,7 @@ static void find_driver(void) {
         {"cuCtxSynchronize", &driver.cuCtxSynchronize},
         {"cuDeviceGetAttribute", &driver.cuDeviceGetAttribute},
         {"cuDeviceGetUuid", &driver.cuDeviceGetUuid},
+        {"cuMemcpyHtoD_v2", &driver.cuMemcpyHtoD},
         {"cuMemAlloc_v2", &driver.cuMemAlloc},
         {"cuMemFree_v2", &driver.cuMemFree},
         {"cuMemCreate", &driver.cuMemCreate},

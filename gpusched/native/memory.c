@@ -124,7 +124,8 @@ CUresult memory_map(struct memory *memory) {
         return result;
     struct access access = {{CU_MEM_LOCATION_TYPE_DEVICE, memory->device}, CU_MEM_ACCESS_READWRITE};
     result = driver.cuMemSetAccess(memory->address, memory->size, &access, 1);
-    if (result != CUDA_SUCCESS)
+    memory->mapped = result == CUDA_SUCCESS;
+    if (!memory->mapped)
         driver.cuMemUnmap(memory->address, memory->size);
     return result;
 }
@@ -239,6 +240,7 @@ CUresult memory_unmap(struct memory *memory) {
     CUresult result = driver.cuMemUnmap(memory->address, memory->size);
     if (result != CUDA_SUCCESS)
         return result;
+    memory->mapped = false;
     result = driver.cuMemRelease(memory->handle);
     memory->handle = 0;
     return result;

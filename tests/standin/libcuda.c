@@ -295,6 +295,7 @@ API CUresult cuMemcpyHtoDAsync_v2(Ptr to, const void *from, size_t size, void *s
     (void)stream;
     return CALL(do_copy((void *)to, from, size));
 }
+API CUresult cuMemcpyHtoD_v2(Ptr to, const void *from, size_t size) { return CALL(do_copy((void *)to, from, size)); }
 API CUresult cuMemcpyDtoDAsync_v2(Ptr to, Ptr from, size_t size, void *stream) {
     (void)stream;
     return CALL(do_copy((void *)to, (void *)from, size));

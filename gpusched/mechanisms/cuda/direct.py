@@ -29,6 +29,7 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.mechanisms import proc
+from gpusched.mechanisms.cuda import pool
 from gpusched.mechanisms.cuda.mover_client import Mover, Movers
 from gpusched.mechanisms.cuda.pool import Pool, Slice, Snapshot
 from gpusched.mechanisms.cuda.target import Phase, Piece, Refused, Target
@@ -61,9 +62,9 @@ class Phases:
 class DirectDriver:
     """See above. Safe from many threads; one call at a time for a process."""
 
-    def __init__(self, driver: DriverApi, pool: Pool) -> None:
-        self._driver, self.pool = driver, pool
-        self.movers = Movers(pool.directory)
+    def __init__(self, driver: DriverApi, chunks: Pool) -> None:
+        self._driver, self.pool = driver, chunks
+        self.movers = Movers(chunks.directory)
         self._lock = threading.Lock()
         self._moving: set[int] = set()
         self._last: dict[int, Phases] = {}
@@ -149,6 +150,43 @@ class DirectDriver:
                 target.open_gate()
         self.pool.release(pid, _start_ticks(pid))
 
+    def absorb(self, pid: int) -> None:
+        """Puts the contents into the process's own memory, where CRIU finds them. Works on a stopped process.
+
+        One chunk after the other, each given back when it is there, so little more host memory is needed than before.
+        Does nothing for a process whose contents are not in the pool. Raises DriverError; what was done stays done,
+        and nothing is lost.
+        """
+        with self._move(pid), _find(pid) as target:
+            if target is None or target.phase != Phase.PARKED or target.has_absorbed:
+                return
+            self._absorb(target)
+
+    def _absorb(self, target: Target) -> None:
+        snapshot = self._snapshot(target.pid)
+        if not snapshot.complete:
+            raise errors.DriverError(
+                f"the contents of process {target.pid} are still on their way", {"pid": target.pid}
+            )
+        while snapshot.absorbed < len(snapshot.chunks):
+            offset = snapshot.absorbed * pool.CHUNK_BYTES
+            for data in self.pool.read(snapshot, snapshot.absorbed):
+                target.write(offset, data)
+                offset += len(data)
+            for mover in self.movers.all():
+                mover.forget([snapshot.chunks[snapshot.absorbed]])
+            snapshot = self.pool.absorbed(snapshot)
+        target.has_all()
+        self.pool.release(target.pid, snapshot.start_ticks)
+
+    def _snapshot(self, pid: int) -> Snapshot:
+        found = self.pool.find(pid, _start_ticks(pid))
+        if found is None:
+            raise errors.DriverError(
+                f"the contents of process {pid} are not in the pool", {"pid": pid}
+            )
+        return found
+
     # -- out
 
     def _take_out(self, target: Target, phases: Phases, *, deep: bool) -> None:
@@ -206,11 +244,14 @@ class DirectDriver:
 
     def _bring_back(self, target: Target, gpu_map: Mapping[str, str], phases: Phases) -> None:
         pid = target.pid
-        snapshot = self.pool.find(pid, _start_ticks(pid))
-        if snapshot is None:
-            raise errors.DriverError(
-                f"the contents of process {pid} are not in the pool", {"pid": pid}
-            )
+        if target.has_absorbed:
+            self._bring_back_alone(target, gpu_map, phases)
+            return
+        snapshot = self._snapshot(pid)
+        if snapshot.absorbed:
+            self._absorb(target)
+            self._bring_back_alone(target, gpu_map, phases)
+            return
         phases.path = "direct"
         by_gpu = _by_gpu(target.pieces(), snapshot)
         if not snapshot.complete:
@@ -227,9 +268,7 @@ class DirectDriver:
                 with phases.time("create"):
                     _hand_over(target.create(), new, movers)
             except Refused as error:
-                raise errors.InsufficientGpuMemory(
-                    f"process {pid} did not fit when its memory was made anew ({error}); it stays frozen"
-                ) from error
+                raise _does_not_fit(pid, error) from error
             with phases.time("copy"):
                 for mover in movers.values():
                     mover.go(out=False)
@@ -237,6 +276,20 @@ class DirectDriver:
                     mover.finish(snapshot.size_bytes)
             with phases.time("map"):
                 target.attach()
+
+    def _bring_back_alone(self, target: Target, gpu_map: Mapping[str, str], phases: Phases) -> None:
+        """The process copies from its own memory: slower, and without a mover and a pool."""
+        phases.path = "own"
+        with phases.time("context"):
+            self._restore_context(target.pid, gpu_map)
+        try:
+            with phases.time("create"):
+                for _, fds in target.create():
+                    _close(fds)
+        except Refused as error:
+            raise _does_not_fit(target.pid, error) from error
+        with phases.time("copy"):
+            target.attach(fill_bytes=max(1, target.shelter[1]))
 
     def _restore_context(self, pid: int, gpu_map: Mapping[str, str]) -> None:
         state = self._driver.states([pid]).get(pid)
@@ -295,8 +348,7 @@ def _hand_over(
                 if mine:
                     movers[gpu].take([places[p.place] for p, _ in mine], [fd for _, fd in mine])
         finally:
-            for fd in fds:
-                os.close(fd)
+            _close(fds)
 
 
 def _by_gpu(pieces: Sequence[Piece], snapshot: Snapshot) -> dict[str, dict[int, list[Slice]]]:
@@ -335,3 +387,14 @@ def _start_ticks(pid: int) -> int:
 
 def _uid(pid: int) -> int:
     return proc.ruid(pid) or 0
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _does_not_fit(pid: int, error: Refused) -> errors.InsufficientGpuMemory:
+    return errors.InsufficientGpuMemory(
+        f"process {pid} did not fit when its memory was made anew ({error}); it stays frozen"
+    )

@@ -11,6 +11,7 @@ loses no contents.
                                                                  begins copying into VRAM of its own, where room is
     {"op": "take", "pieces": [...]} + descriptors                maps memory of others; each piece is one allocation
     {"op": "go", "out": true}                                    begins copying between the pool and what was taken
+    {"op": "ping"}                                               answers
     {"op": "finish"}                                             waits for that; lets go of the memory
 
 ``stage`` is for the time in which the memory of the other process cannot be made yet: what the bus brings in
@@ -91,6 +92,8 @@ class Mover:
                 self._go(out=request["out"])
             case "finish":
                 self._finish()
+            case "ping":
+                pass
             case other:
                 raise Failure(f"no operation {other!r}")
         return {"ms": (time.monotonic() - begun) * 1000}

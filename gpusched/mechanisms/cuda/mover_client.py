@@ -44,9 +44,7 @@ class Mover:
         """Nobody else's until the end of the block; the chunks of ``snapshot`` are ready. Raises DriverError."""
         with self._busy:
             try:
-                missing = {name: CHUNK_BYTES for name in snapshot.chunks if name not in self._open}
-                if missing or self._process is None or self._process.poll() is not None:
-                    self._prepare(snapshot.chunks)
+                self._prepare(snapshot.chunks)
                 yield self
             except BaseException:
                 self.end()  # whatever it was doing: a new one knows of nothing half done
@@ -96,14 +94,26 @@ class Mover:
     # -- inner
 
     def _prepare(self, chunks: Sequence[str]) -> None:
-        if self._process is None or self._process.poll() is not None:
+        if not self._is_well():
             self.end()
             self._start()
         missing = {name: CHUNK_BYTES for name in chunks if name not in self._open}
+        if not missing:
+            return
         size = len(missing) * CHUNK_BYTES
         request = {"op": "open", "directory": str(self._directory), "chunks": missing}
         self._ask(request, _START_S + size / _LEAST_BYTES_S)
         self._open.update(missing)
+
+    def _is_well(self) -> bool:
+        """Somebody may have killed it since; that shows when it is asked."""
+        if self._process is None:
+            return False
+        try:
+            self._ask({"op": "ping"}, _PATIENCE_S)
+        except errors.GpuschedError:
+            return False
+        return True
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

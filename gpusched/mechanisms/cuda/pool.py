@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from gpusched.units import MIB, format_size
 CHUNK_BYTES: Final = 512 * MIB
 #: What stays free for the rest of the host when a chunk is made.
 RESERVE_BYTES: Final = 1024 * MIB
+_READ_BYTES: Final = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class Snapshot:
     chunks: tuple[str, ...]
     sizes: tuple[int, ...]  # of the pieces, in their order
     complete: bool
+    #: Of the chunks, so many at the beginning are in the process's own memory and no more here.
+    absorbed: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -98,15 +101,23 @@ class Pool:
     def complete(self, snapshot: Snapshot) -> None:
         """All of it is there."""
         with self._lock:
-            done = Snapshot(
-                snapshot.pid,
-                snapshot.start_ticks,
-                snapshot.uid,
-                snapshot.chunks,
-                snapshot.sizes,
-                complete=True,
-            )
-            self._write(done)
+            self._write(replace(snapshot, complete=True))
+
+    def absorbed(self, snapshot: Snapshot) -> Snapshot:
+        """One chunk more of it is in the process's own memory; the chunk is given back to the host."""
+        with self._lock:
+            more = replace(snapshot, absorbed=snapshot.absorbed + 1)
+            self._write(more)
+            (self.directory / snapshot.chunks[snapshot.absorbed]).unlink(missing_ok=True)
+            return more
+
+    def read(self, snapshot: Snapshot, number: int) -> Iterator[bytes]:
+        """The contents of one of its chunks, some at a time. Raises OSError."""
+        left = min(CHUNK_BYTES, snapshot.size_bytes - number * CHUNK_BYTES)
+        with (self.directory / snapshot.chunks[number]).open("rb", buffering=0) as chunk:
+            while left > 0 and (data := chunk.read(min(left, _READ_BYTES))):
+                left -= len(data)
+                yield data
 
     def find(self, pid: int, start_ticks: int) -> Snapshot | None:
         with self._lock:
@@ -151,7 +162,7 @@ class Pool:
         found = self._snapshots.pop((pid, start_ticks), None)
         if found is not None:
             self._manifest(pid, start_ticks).unlink(missing_ok=True)
-            self._free.extend(found.chunks)
+            self._free.extend(found.chunks[found.absorbed :])
 
     def _manifest(self, pid: int, start_ticks: int) -> Path:
         return self.directory / f"process-{pid}-{start_ticks}.json"
@@ -159,18 +170,7 @@ class Pool:
     def _write(self, snapshot: Snapshot) -> None:
         path = self._manifest(snapshot.pid, snapshot.start_ticks)
         partial = path.with_suffix(".part")
-        partial.write_text(
-            json.dumps(
-                {
-                    "pid": snapshot.pid,
-                    "start_ticks": snapshot.start_ticks,
-                    "uid": snapshot.uid,
-                    "chunks": snapshot.chunks,
-                    "sizes": snapshot.sizes,
-                    "complete": snapshot.complete,
-                }
-            )
-        )
+        partial.write_text(json.dumps(asdict(snapshot)))
         partial.replace(path)
         self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
 
@@ -178,14 +178,8 @@ class Pool:
         for path in self.directory.glob("process-*.json"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 found = json.loads(path.read_text())
-                snapshot = Snapshot(
-                    found["pid"],
-                    found["start_ticks"],
-                    found["uid"],
-                    tuple(found["chunks"]),
-                    tuple(found["sizes"]),
-                    found["complete"],
-                )
+                lists = {key: tuple(found[key]) for key in ("chunks", "sizes")}
+                snapshot = Snapshot(**(found | lists))
                 self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
         taken = {chunk for snapshot in self._snapshots.values() for chunk in snapshot.chunks}
         for path in self.directory.glob("chunk-*"):

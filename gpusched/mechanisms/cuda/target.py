@@ -30,8 +30,9 @@ from gpusched.units import GIB
 _PAGE_LINK: Final = "/memfd:gpusched-direct"
 _MAGIC: Final = 0x47534431
 _VERSION: Final = 1
-_PAGE: Final = struct.Struct("<6I")  # magic, version, daemon's end, own end, phase, cancel
-_CANCEL_OFFSET: Final = 20
+#: Magic, version, daemon's end, own end, phase, cancel; shelter's address and bytes; absorbed, nothing.
+_PAGE: Final = struct.Struct("<6I2Q2I")
+_CANCEL_OFFSET, _ABSORBED_OFFSET = 20, 40
 _REQUEST: Final = struct.Struct("<4IQ")
 _REPLY: Final = struct.Struct("<2IiIIIQQ")
 _ITEM: Final = struct.Struct("<3Q16s")
@@ -39,12 +40,18 @@ _BATCH: Final = 64
 #: More than a GPU can hold, in places of the table and in bytes.
 _MOST_PLACES: Final = 1 << 22
 _MOST_BYTES: Final = 4096 * GIB
+_LEAST_BYTES_S: Final = 200e6
 #: For an answer that needs nothing of the driver.
 _LOOK_S: Final = 5.0
 _GRANULARITY: Final = 2 << 20
 _PIDFD_GETFD: Final = 438  # the same number on x86-64 and arm64
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
 _ids = itertools.count(1)
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 class Phase(IntEnum):
@@ -179,8 +186,47 @@ class Target:
         """It holds no exported memory any more."""
         self._ask(Operation.DROP, 10.0)
 
-    def attach(self) -> None:
-        self._ask(Operation.ATTACH, 30.0)
+    def attach(self, *, fill_bytes: int = 0) -> None:
+        """Maps what ``create`` made. ``fill_bytes``: and fills it with the contents that it has absorbed."""
+        patience_s = 30.0 + fill_bytes / _LEAST_BYTES_S
+        self._ask(Operation.ATTACH, patience_s, argument=int(fill_bytes > 0))
+
+    # -- its own memory
+
+    @property
+    def shelter(self) -> tuple[int, int]:
+        """Addresses of the process that wait for its contents, and how many; 0 where there are none."""
+        _, _, _, _, _, _, address, size, _, _ = _PAGE.unpack_from(self._page)
+        return address, size
+
+    @property
+    def has_absorbed(self) -> bool:
+        """Its contents are in its own memory, and go where it goes."""
+        return bool(_PAGE.unpack_from(self._page)[8])
+
+    def has_all(self) -> None:
+        """Notes that they are."""
+        struct.pack_into("<I", self._page, _ABSORBED_OFFSET, 1)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Into its shelter, also of a stopped process. Raises DriverError."""
+        address, size = self.shelter
+        if offset + len(data) > size:
+            raise errors.DriverError(f"process {self.pid} has no room for its contents")
+        done = 0
+        base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+        while done < len(data):
+            local = _IoVec(base + done, len(data) - done)
+            remote = _IoVec(address + offset + done, len(data) - done)
+            count = _libc.process_vm_writev(
+                self.pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0
+            )
+            if count <= 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise errors.DriverError(
+                    f"the contents of process {self.pid} cannot be put into its own memory: {reason}"
+                )
+            done += count
 
     # -- the wire
 
