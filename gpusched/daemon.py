@@ -34,6 +34,7 @@ from gpusched.mechanisms import journal as journals
 from gpusched.mechanisms import logs
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.criu import trials
+from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.disk import DiskTier, NoDiskTier
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.host import ProcHost
@@ -51,6 +52,8 @@ SHUTDOWN_TIMEOUT_S: Final = 80.0
 #: How long the helper may take to end after that. It finishes its calls in any case, and the next daemon waits for it.
 HELPER_END_S: Final = 3.0
 OLD_HELPERS_S: Final = 120.0
+#: For contents to go from the pool into the process: memory to memory, of hundreds of GB at most.
+ABSORB_S: Final = 600.0
 
 
 def main(settings: Settings) -> int:
@@ -93,13 +96,14 @@ async def _run(settings: Settings) -> None:
 
 async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
     own_directory(settings.log_dir, 0o711, "log", "--log-dir")
-    clock, host, users = SystemClock(), ProcHost(), SystemUsers()
     backend = "sim" if settings.backend == "sim" else "cuda"
+    clock, users = SystemClock(), SystemUsers()
+    host = ProcHost(pool=pool_home.place(settings.state_dir) if backend == "cuda" else None)
     trees = TreeKeeper(settings.state_dir, binds=_shared_directories(settings, backend))
     mark = await _after_old_helpers(settings.state_dir)
     driver = DriverClient(_driver_options(settings, backend), tasks, keep_open=[mark])
     description = await _describe(driver, settings, backend)
-    disk = await _disk(settings, trees, clock, description)
+    disk = await _disk(settings, trees, clock, driver, description)
     limits = _limits(settings, backend, isolate=settings.isolate and not disk.why_not())
 
     path = settings.state_dir / "journal"
@@ -128,6 +132,7 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     notify("READY=1")
     await stop.wait()
     await _stop(engine, server, driver)
+    pool_home.release(settings.state_dir)
     journal.close()
     disk.close()
     trees.close()
@@ -241,6 +246,8 @@ def _driver_options(settings: Settings, backend: str) -> list[str]:
         ]
     if settings.allow_old_driver:
         options.append("--allow-old-driver")
+    if backend == "cuda" and settings.direct:
+        options += ["--pool-dir", str(pool_home.prepare(settings.state_dir))]
     return options
 
 
@@ -259,7 +266,11 @@ def _shared_directories(settings: Settings, backend: str) -> list[tuple[str, str
 
 
 async def _disk(
-    settings: Settings, trees: TreeKeeper, clock: SystemClock, driver: Description
+    settings: Settings,
+    trees: TreeKeeper,
+    clock: SystemClock,
+    driver: DriverClient,
+    description: Description,
 ) -> DiskTier | NoDiskTier:
     """The disk tier, or the reason why there is none. Half a second, once in a boot of the machine."""
     if os.geteuid() != 0:
@@ -270,7 +281,11 @@ async def _disk(
     if found.program is None:
         return NoDiskTier(f"{found.why_not} (gpusched doctor says more)")
     root = settings.disk_dir or settings.state_dir / "images"
-    return DiskTier(trees, clock, root, found.program, driver)
+
+    async def absorb(pid: int) -> None:
+        await driver.absorb(pid, ABSORB_S)
+
+    return DiskTier(trees, clock, root, found.program, description, absorb)
 
 
 def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:
@@ -278,6 +293,7 @@ def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:
         {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
     )
     return Limits(
+        preload=pool_home.library() if backend == "cuda" and settings.direct else "",
         ram_budget_bytes=settings.ram_budget_bytes,
         disk_budget_bytes=settings.disk_budget_bytes,
         log_dir=settings.log_dir,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Protocol
 
 
@@ -75,6 +76,22 @@ class Obstacle:
     certain: bool = True
 
 
+class Took(float):
+    """The seconds that a checkpoint or restore took, and how it went.
+
+    ``path``: "direct" past the driver's own copy, "own" from the process's own memory, "driver" by its copy.
+    """
+
+    path: str = "driver"
+    phases_ms: Mapping[str, float] = MappingProxyType({})
+
+    @classmethod
+    def how(cls, seconds: float, path: str, phases_ms: Mapping[str, float]) -> Took:
+        took = cls(seconds)
+        took.path, took.phases_ms = path, phases_ms
+        return took
+
+
 class DriverApi(Protocol):
     """The driver's calls as a backend makes them: blocking, one thread per call, safe from many threads.
 
@@ -105,6 +122,13 @@ class DriverApi(Protocol):
         """LOCKED -> RUNNING."""
         ...
 
+    def absorb(self, pid: int) -> None:
+        """CHECKPOINTED stays so; what was kept of it outside of the process is in the process's own memory after it.
+
+        For who saves the process or copies it. Works on a stopped process.
+        """
+        ...
+
     def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
         """What would make a checkpoint, or the restore after it, fail. Touches nothing."""
         ...
@@ -122,11 +146,12 @@ class Driver(Protocol):
     async def usage(self) -> Usage: ...
     async def states(self, pids: Sequence[int]) -> dict[int, DriverState]: ...
     async def lock(self, pid: int, timeout_s: float) -> float: ...
-    async def checkpoint(self, pid: int, deadline_s: float) -> float: ...
+    async def checkpoint(self, pid: int, deadline_s: float) -> Took: ...
     async def restore(
         self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
-    ) -> float: ...
+    ) -> Took: ...
     async def unlock(self, pid: int) -> float: ...
+    async def absorb(self, pid: int, deadline_s: float) -> float: ...
     async def obstacles(self, pids: Sequence[int]) -> list[Obstacle]: ...
 
 

@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from gpusched import errors
+from gpusched import config, errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.engine.model import Tree
 from gpusched.engine.moves import Mover
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.clock import SystemClock
+from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.ports import DriverState, Member
@@ -101,7 +102,9 @@ def _options(pid: int) -> list[str]:
             _require_trusted(Path(directory))
             # 0: whatever the directory was made with
             return ["--backend", "sim", "--sim-dir", directory, "--sim-gpus", "0"]
-    return ["--backend", "cuda", "--allow-old-driver"]
+    found = pool_home.in_use(config.load(None, {}).state_dir)
+    where = ["--pool-dir", str(found), "--pool-of-another"] if found is not None else []
+    return ["--backend", "cuda", "--allow-old-driver", *where]
 
 
 def _require_trusted(directory: Path) -> None:

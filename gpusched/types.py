@@ -23,6 +23,7 @@ class FreezeResult(TypedDict):
     disk_mb: NotRequired[int]
     to_disk: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
+    path: NotRequired[str]
     driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
 
@@ -35,6 +36,7 @@ class ThawResult(TypedDict):
     evicted: NotRequired[list[str]]
     to_disk: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
+    path: NotRequired[str]
     driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
 
@@ -87,6 +89,7 @@ class MigrateResult(TypedDict):
     duration_ms: int
     mem_mb: int
     phases_ms: NotRequired[dict[str, float]]
+    path: NotRequired[str]
     driver_ms: NotRequired[float]
     simulated: NotRequired[bool]
 

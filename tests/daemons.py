@@ -215,6 +215,8 @@ class PrivateDaemon:
             for pid in self.leftovers():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if (pool := self.state_dir / "pool").is_mount():
+                subprocess.run(["umount", "-l", str(pool)], check=False)
             for directory in (self.directory, self.sim_dir):
                 shutil.rmtree(directory, ignore_errors=True)
 

@@ -51,6 +51,9 @@ class StandinDriver:
     def usage(self) -> Usage:
         raise NotImplementedError
 
+    def absorb(self, pid: int) -> None:
+        """Nothing of it is anywhere else."""
+
     def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
         return []
 

@@ -57,6 +57,8 @@ class Limits:
     operation_wait_s: float
     #: Whether trees are started in namespaces of their own, where a request does not say.
     isolate: bool = False
+    #: A library that every process that is run loads before all others; empty: none.
+    preload: str = ""
     #: Put into every process that is run, under the caller's values / over them.
     default_env: Mapping[str, str] = field(default_factory=dict)
     forced_env: Mapping[str, str] = field(default_factory=dict)

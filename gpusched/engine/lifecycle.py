@@ -145,10 +145,13 @@ class Lifecycle:
             "SHELL": user.shell,
             "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
         }
+        limits = self._core.limits
+        given = {**limits.default_env, **(login if params.env is None else params.env)}
+        if limits.preload:
+            given["LD_PRELOAD"] = ":".join(filter(None, (limits.preload, given.get("LD_PRELOAD"))))
         return {
-            **self._core.limits.default_env,
-            **(login if params.env is None else params.env),
-            **self._core.limits.forced_env,
+            **given,
+            **limits.forced_env,
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "GPUSCHED_MANAGED": "1",

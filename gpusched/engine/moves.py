@@ -21,7 +21,7 @@ from gpusched.domain.capacity import remap
 from gpusched.domain.moves import STEPS, Move, Op, Outcome, undo_after
 from gpusched.domain.placement import onward
 from gpusched.engine.model import Report, Tree
-from gpusched.ports import Clock, Driver, DriverState, Member, Trees
+from gpusched.ports import Clock, Driver, DriverState, Member, Took, Trees
 from gpusched.units import GIB, format_size
 
 log = logging.getLogger(__name__)
@@ -347,6 +347,12 @@ class _Work:
                 self._told.clear()
                 raise result
         self._told |= dict.fromkeys(calls, becomes)
+        for took in (r for r in results if isinstance(r, Took)):
+            for (
+                phase,
+                spent_ms,
+            ) in took.phases_ms.items():  # of several at the same time the longest
+                self.phases_ms[phase] = max(self.phases_ms.get(phase, 0.0), spent_ms)
         seconds = [r for r in results if isinstance(r, float)]
         self.driver_ms += max(seconds, default=0.0) * 1000
 

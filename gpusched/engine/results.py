@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gpusched import errors
@@ -74,6 +75,8 @@ class Results:
         }
         if moved:
             result["phases_ms"] = op.phases_ms[process.tree_id]
+            if process.vram_bytes and not self._core.description.simulated:
+                result["path"] = _path(op.phases_ms[process.tree_id])
             result["driver_ms"] = round(op.driver_ms[process.tree_id], 2)
         if self._core.description.simulated:
             result["simulated"] = True
@@ -106,6 +109,11 @@ class Results:
             "from_gpu": index.get(back.get(process.gpus[0], process.gpus[0]), -1),
             "to_gpu": index.get(process.gpus[0], -1),
         }
+
+
+def _path(phases_ms: Mapping[str, float]) -> str:
+    """Whether the contents went past the driver's own copy: those are the phases of that."""
+    return "direct" if {"export", "create"} & phases_ms.keys() else "driver"
 
 
 def names(value: str | list[str]) -> list[str]:

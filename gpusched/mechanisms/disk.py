@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,9 +88,16 @@ class DiskTier:
     """Images in one directory, which belongs to this daemon alone."""
 
     def __init__(
-        self, trees: TreeKeeper, clock: Clock, root: Path, program: Program, driver: Description
+        self,
+        trees: TreeKeeper,
+        clock: Clock,
+        root: Path,
+        program: Program,
+        driver: Description,
+        absorb: Callable[[int], Awaitable[object]],
     ) -> None:
-        """Raises what ``ImageStore`` raises."""
+        """``absorb``: see ``ports.DriverApi``. Raises what ``ImageStore`` raises."""
+        self._absorb = absorb
         self._trees = trees
         self._clock = clock
         self._store = ImageStore(root)
@@ -155,6 +162,8 @@ class DiskTier:
         members: Sequence[Member],
         record: Mapping[str, object],
     ) -> Saved:
+        for member in members:
+            await self._absorb(member.pid)
         facts = await self.look(tree_id, main, members, record)
         saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
         self._sizes[image_id] = saved.size_bytes

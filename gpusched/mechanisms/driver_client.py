@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from gpusched import errors
-from gpusched.ports import Description, DriverState, Obstacle, Usage
+from gpusched.ports import Description, DriverState, Obstacle, Took, Usage
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,17 @@ T = TypeVar("T")
 
 def _as(type_: type[T], raw: msgspec.Raw) -> T:
     return msgspec.json.Decoder(type_).decode(raw)
+
+
+class _How(msgspec.Struct):
+    seconds: float
+    path: str
+    phases_ms: dict[str, float]
+
+
+def _took(raw: msgspec.Raw) -> Took:
+    answer = _as(_How, raw)
+    return Took.how(answer.seconds, answer.path, answer.phases_ms)
 
 
 class _Answer(msgspec.Struct):
@@ -147,17 +158,18 @@ class DriverClient:
         args = {"pid": pid, "timeout_s": timeout_s}
         return _as(float, await self._call("lock", args, timeout_s + LOCK_MARGIN_S))
 
-    async def checkpoint(self, pid: int, deadline_s: float) -> float:
-        return _as(float, await self._call("checkpoint", {"pid": pid}, deadline_s))
+    async def checkpoint(self, pid: int, deadline_s: float) -> Took:
+        return _took(await self._call("checkpoint", {"pid": pid}, deadline_s))
 
-    async def restore(
-        self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
-    ) -> float:
+    async def restore(self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float) -> Took:
         args = {"pid": pid, "gpu_map": None if gpu_map is None else dict(gpu_map)}
-        return _as(float, await self._call("restore", args, deadline_s))
+        return _took(await self._call("restore", args, deadline_s))
 
     async def unlock(self, pid: int) -> float:
         return _as(float, await self._call("unlock", {"pid": pid}, UNLOCK_DEADLINE_S))
+
+    async def absorb(self, pid: int, deadline_s: float) -> float:
+        return _as(float, await self._call("absorb", {"pid": pid}, deadline_s))
 
     async def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
         raw = await self._call("obstacles", {"pids": list(pids)}, LOOK_DEADLINE_S)

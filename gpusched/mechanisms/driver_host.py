@@ -28,10 +28,20 @@ from gpusched.ports import DriverApi
 
 #: What may be called, so that a name from the wire is never looked up blindly.
 CALLS: Final = frozenset(
-    {"describe", "usage", "states", "lock", "checkpoint", "restore", "unlock", "obstacles"}
+    {
+        "describe",
+        "usage",
+        "states",
+        "lock",
+        "checkpoint",
+        "restore",
+        "unlock",
+        "absorb",
+        "obstacles",
+    }
 )
 #: Those that change something: half-made they are worse than a process that lingers.
-CHANGING: Final = frozenset({"lock", "checkpoint", "restore", "unlock"})
+CHANGING: Final = frozenset({"lock", "checkpoint", "restore", "unlock", "absorb"})
 #: How long such calls under way are waited for once the daemon is gone.
 LINGER_S: Final = 900.0
 #: Calls at the same time; further ones wait. More than a machine has GPU processes to move at once.
@@ -49,7 +59,13 @@ def open_driver(options: argparse.Namespace) -> DriverApi:
         return SimDriver.create(directory, options.sim_gpus, options.sim_vram_bytes)
     from gpusched.mechanisms.cuda.driver import CudaDriver
 
-    return CudaDriver.open(allow_old_driver=options.allow_old_driver)
+    driver = CudaDriver.open(allow_old_driver=options.allow_old_driver)
+    if not options.pool_dir:
+        return driver
+    from gpusched.mechanisms.cuda.direct import DirectDriver
+    from gpusched.mechanisms.cuda.pool import Pool
+
+    return DirectDriver(driver, Pool(Path(options.pool_dir), of_another=options.pool_of_another))
 
 
 class Host:
@@ -92,6 +108,8 @@ class Host:
                 result is None
             ):  # it changed something: how long the driver took is all there is to say
                 result = time.monotonic() - begun
+                if request["call"] in {"checkpoint", "restore"}:
+                    result = _how(driver, request["args"]["pid"], result)
         except errors.GpuschedError as error:
             self._answer(request["id"], error=error)
         except Exception as error:  # noqa: BLE001 - an unforeseen error is an answer too
@@ -119,10 +137,19 @@ class Host:
                 pass  # the daemon is gone; the call is done all the same
 
 
+def _how(driver: DriverApi, pid: int, seconds: float) -> dict[str, object]:
+    """With the way that it went, where the backend has several."""
+    last = getattr(driver, "last", None)
+    path, phases_ms = ("driver", {}) if last is None else (last(pid).path, last(pid).ms)
+    return {"seconds": seconds, "path": path, "phases_ms": phases_ms}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpusched-driver-host")
     parser.add_argument("--backend", choices=("cuda", "sim"), required=True)
     parser.add_argument("--allow-old-driver", action="store_true")
+    parser.add_argument("--pool-dir", default="", help="empty: all by the driver's own copy")
+    parser.add_argument("--pool-of-another", action="store_true", help="a daemon may be using it")
     parser.add_argument("--sim-dir", default="")
     parser.add_argument("--sim-gpus", type=int, default=0, help="0: as the directory was made")
     parser.add_argument("--sim-vram-bytes", type=int, default=0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpusched.mechanisms import cgroups
+from gpusched.mechanisms.cuda import pool as chunks
 from gpusched.ports import HostRam
 from gpusched.units import KIB
 
@@ -38,10 +39,13 @@ _V1 = _Names(
 
 
 class ProcHost:
-    """``ports.Host`` from /proc and the control groups. ``proc`` is another root for tests."""
+    """``ports.Host`` from /proc and the control groups. ``proc`` is another root for tests.
 
-    def __init__(self, proc: Path = Path("/proc")) -> None:
-        self._proc = proc
+    ``pool``: a directory of chunks that belong to us; what they have to spare counts as available.
+    """
+
+    def __init__(self, proc: Path = Path("/proc"), pool: Path | None = None) -> None:
+        self._proc, self._pool = proc, pool
         self._mounts = cgroups.mounts(proc)
 
     def ram(self) -> HostRam:
@@ -51,7 +55,10 @@ class ProcHost:
             name, _, rest = line.partition(":")
             if name in {"MemTotal", "MemAvailable"}:
                 kib[name] = int(rest.split()[0])
-        return HostRam(total_bytes=kib["MemTotal"] * KIB, available_bytes=kib["MemAvailable"] * KIB)
+        spare = chunks.spare_bytes(self._pool) if self._pool is not None else 0
+        return HostRam(
+            total_bytes=kib["MemTotal"] * KIB, available_bytes=kib["MemAvailable"] * KIB + spare
+        )
 
     def cgroup_room_bytes(self, pid: int) -> int | None:
         """The least room on the way from the pid's group to the root; None without a limit, or without the pid."""

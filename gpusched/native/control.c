@@ -71,12 +71,9 @@ static void set_phase(enum phase phase) {
 
 static void tell_of(struct reply *reply, size_t place) {
     const struct memory *memory = &table.items[place];
-    reply->items[reply->count++] = (struct item){
-        .place = place,
-        .address = memory->address,
-        .size = memory->size,
-    };
-    driver.cuDeviceGetUuid(reply->items[reply->count - 1].gpu, memory->device);
+    struct item *item = &reply->items[reply->count++];
+    *item = (struct item){.place = place, .address = memory->address, .size = memory->size};
+    memcpy(item->gpu, memory->gpu, sizeof item->gpu);
 }
 
 /* Does `work` for the entries from `first` on until the reply is full, or until one fails. */

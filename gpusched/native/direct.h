@@ -132,6 +132,7 @@ struct memory {
     size_t size;
     CUcontext context;
     CUdevice device;
+    uint8_t gpu[16]; /* the device's UUID, when this was made */
     CUhandle handle; /* 0 while the contents are elsewhere */
     bool mapped;
     int fd;          /* the exported handle, which keeps the memory alive; -1: none */

@@ -150,7 +150,8 @@ static bool is_possible(CUdevice device) {
 static bool make(struct memory *memory, size_t size) {
     *memory = (struct memory){.size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY, .fd = -1};
     if (memory->size < size || driver.cuCtxGetCurrent(&memory->context) != CUDA_SUCCESS || memory->context == NULL ||
-        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !is_possible(memory->device))
+        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !is_possible(memory->device) ||
+        driver.cuDeviceGetUuid(memory->gpu, memory->device) != CUDA_SUCCESS)
         return false;
     if (memory_create(memory) != CUDA_SUCCESS)
         return false;

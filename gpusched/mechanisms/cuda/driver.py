@@ -215,6 +215,9 @@ class CudaDriver:
     def unlock(self, pid: int) -> None:
         self._call("unlock", pid, None)
 
+    def absorb(self, pid: int) -> None:
+        """The driver keeps what it saves in the process's own memory."""
+
     def _call(self, call: str, pid: int, args: Any) -> None:
         if preflight.is_stopped(pid):
             # The driver's threads in the target serve these calls: stopped, no timeout would bring us back.

@@ -77,6 +77,14 @@ class Mover:
                     self.end()
             self._open.difference_update(known)
 
+    def end_if_idle(self) -> None:
+        """Ends it where nobody has a job for it."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self.end()
+            finally:
+                self._busy.release()
+
     def end(self) -> None:
         """Kills it. It holds nothing that is not elsewhere."""
         if self._process is not None:

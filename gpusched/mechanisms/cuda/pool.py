@@ -36,7 +36,7 @@ class Slice:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The contents of one process, laid out one piece after the other over its chunks."""
 
@@ -44,7 +44,10 @@ class Snapshot:
     start_ticks: int
     uid: int
     chunks: tuple[str, ...]
-    sizes: tuple[int, ...]  # of the pieces, in their order
+    #: Of the pieces, in their order: places in the process's table, GPUs (UUIDs) and bytes.
+    places: tuple[int, ...]
+    gpus: tuple[str, ...]
+    sizes: tuple[int, ...]
     complete: bool
     #: Of the chunks, so many at the beginning are in the process's own memory and no more here.
     absorbed: int = 0
@@ -52,6 +55,13 @@ class Snapshot:
     @property
     def size_bytes(self) -> int:
         return sum(self.sizes)
+
+    def by_gpu(self) -> dict[str, dict[int, list[Slice]]]:
+        """UUID -> place -> where the contents of that piece are."""
+        found: dict[str, dict[int, list[Slice]]] = {}
+        for place, gpu, slices in zip(self.places, self.gpus, self.slices(), strict=True):
+            found.setdefault(gpu, {})[place] = slices
+        return found
 
     def slices(self) -> Iterator[list[Slice]]:
         """Where each piece is, in order."""
@@ -69,23 +79,29 @@ class Snapshot:
 class Pool:
     """All chunks of one daemon. Safe from many threads."""
 
-    def __init__(self, directory: Path) -> None:
-        """Takes over what the last one left. Raises OSError."""
+    def __init__(self, directory: Path, *, of_another: bool = False) -> None:
+        """Takes over what the last one left. Raises OSError. ``of_another``: only looks, and clears nothing away."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
         self._lock = threading.Lock()
         self._snapshots: dict[tuple[int, int], Snapshot] = {}
         self._free: list[str] = []
         self._next = 0
-        self._recover()
+        self._recover(clear=not of_another)
 
-    def take(self, pid: int, start_ticks: int, uid: int, sizes: Sequence[int]) -> Snapshot:
-        """Room for pieces of these sizes; not complete yet. Raises InsufficientHostMemory; nothing was taken then."""
+    def take(
+        self, pid: int, start_ticks: int, uid: int, pieces: Sequence[tuple[int, str, int]]
+    ) -> Snapshot:
+        """Room for ``pieces`` (place, GPU, bytes); not complete yet.
+
+        Raises InsufficientHostMemory, OSError; nothing was taken then.
+        """
+        sizes = tuple(size for _, _, size in pieces)
         need = -(-sum(sizes) // CHUNK_BYTES)
         with self._lock:
             self._discard(pid, start_ticks)
             make = max(0, need - len(self._free))
-            room = _available_bytes() - RESERVE_BYTES
+            room = min(_available_bytes(), self._free_on_disk()) - RESERVE_BYTES
             if make * CHUNK_BYTES > room:
                 raise errors.InsufficientHostMemory(
                     f"the contents of process {pid} need {format_size(make * CHUNK_BYTES)} more of host memory and "
@@ -94,7 +110,16 @@ class Pool:
             for _ in range(make):
                 self._free.append(self._make())
             chunks = tuple(self._free.pop() for _ in range(need))
-            snapshot = Snapshot(pid, start_ticks, uid, chunks, tuple(sizes), complete=False)
+            snapshot = Snapshot(
+                pid=pid,
+                start_ticks=start_ticks,
+                uid=uid,
+                chunks=chunks,
+                places=tuple(place for place, _, _ in pieces),
+                gpus=tuple(gpu for _, gpu, _ in pieces),
+                sizes=sizes,
+                complete=False,
+            )
             self._write(snapshot)
             return snapshot
 
@@ -147,6 +172,10 @@ class Pool:
 
     # -- with the lock held
 
+    def _free_on_disk(self) -> int:
+        about = os.statvfs(self.directory)
+        return about.f_bavail * about.f_frsize
+
     def _make(self) -> str:
         self._next += 1
         name = f"chunk-{self._next}"
@@ -174,18 +203,33 @@ class Pool:
         partial.replace(path)
         self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
 
-    def _recover(self) -> None:
+    def _recover(self, *, clear: bool) -> None:
         for path in self.directory.glob("process-*.json"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 found = json.loads(path.read_text())
-                lists = {key: tuple(found[key]) for key in ("chunks", "sizes")}
+                lists = {key: tuple(found[key]) for key in ("chunks", "places", "gpus", "sizes")}
                 snapshot = Snapshot(**(found | lists))
                 self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
         taken = {chunk for snapshot in self._snapshots.values() for chunk in snapshot.chunks}
         for path in self.directory.glob("chunk-*"):
             self._next = max(self._next, int(path.name.removeprefix("chunk-")))
-            if path.name not in taken:
+            if clear and path.name not in taken:
                 path.unlink()
+
+
+def spare_bytes(directory: Path) -> int:
+    """What the chunks of a pool that is somebody else's have room for. 0 where there is none."""
+    try:
+        names = [path.name for path in directory.iterdir()]
+        taken = 0
+        for name in names:
+            if name.startswith("process-") and name.endswith(".json"):
+                found = json.loads((directory / name).read_text())
+                taken += len(found["chunks"]) - found["absorbed"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    there = sum(name.startswith("chunk-") for name in names)
+    return max(0, there - taken) * CHUNK_BYTES
 
 
 def _available_bytes() -> int:

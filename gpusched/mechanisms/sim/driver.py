@@ -163,6 +163,9 @@ class SimDriver:
                 ) from error
             self._scripted("lock", target, "after")
 
+    def absorb(self, pid: int) -> None:
+        """What is saved lies beside the simulated GPU, and travels with the tree's own directory."""
+
     def unlock(self, pid: int) -> None:
         with self._target("unlock", pid, Word.LOCKED) as target:
             self._scripted("unlock", target, "before")

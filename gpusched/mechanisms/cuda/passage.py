@@ -1,0 +1,269 @@
+"""The way of one process's contents past the driver: out to the pool, back, and into the process's own memory.
+
+Covers: the order of the steps on a process that is at rest, and what is tried where one fails. Does not cover: the gate
+and the driver's own way (``direct.py``), and each step (``target.py``, ``mover_client.py``, ``pool.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from gpusched import errors
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.cuda import pool
+from gpusched.mechanisms.cuda.mover_client import Mover, Movers
+from gpusched.mechanisms.cuda.pool import Pool, Slice, Snapshot
+from gpusched.mechanisms.cuda.target import Piece, Refused, Target
+from gpusched.ports import DriverApi, DriverState
+
+log = logging.getLogger(__name__)
+
+#: With the gate closed nobody is in the driver: its lock has nothing to wait for.
+LOCK_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class Phases:
+    """How the contents went, and how long the parts of it took, in milliseconds."""
+
+    path: str = "driver"
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.ms[name] = round((time.monotonic() - begun) * 1000, 2)
+
+
+class NotBegun(Exception):
+    """Everything is still where it was; the cause says why it could not be moved."""
+
+
+class Passage:
+    """The steps, over one driver and one pool. Safe from many threads; one call at a time for a process."""
+
+    def __init__(self, driver: DriverApi, chunks: Pool, movers: Movers) -> None:
+        self._driver, self._pool, self._movers = driver, chunks, movers
+
+    # -- out --------------------------------------------------------------------------------------
+
+    def take_out(self, target: Target, phases: Phases, *, deep: bool) -> None:
+        """From a closed gate to parked. ``deep``: and the driver's checkpoint of the rest, beside the copy.
+
+        Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it.
+        """
+        try:
+            pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
+            snapshot = self._pool.take(
+                target.pid, start_ticks(target.pid), proc.ruid(target.pid) or 0, pieces
+            )
+        except (errors.GpuschedError, OSError, Refused) as error:
+            raise NotBegun from error
+        with contextlib.ExitStack() as jobs:
+            try:
+                with phases.time("prepare"):
+                    movers = self._begin_jobs(jobs, snapshot, snapshot.by_gpu())
+                with phases.time("export"):
+                    _hand_over(target.export(), snapshot.by_gpu(), movers)
+                    _go(movers, out=True)
+                if not deep:
+                    self._finish_copy(snapshot, movers, phases)
+            except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
+                self._pool.release(target.pid, snapshot.start_ticks)
+                raise NotBegun from error
+            with phases.time("unmap"):
+                target.park()
+            phases.path = "direct"
+            if deep:
+                with ThreadPoolExecutor(1, "copy") as thread:
+                    copying = thread.submit(self._finish_copy, snapshot, movers, phases)
+                    with phases.time("context"):
+                        self._driver.lock(target.pid, LOCK_S)
+                        self._driver.checkpoint(target.pid)
+                    copying.result()
+            target.drop()
+
+    def _begin_jobs(
+        self, jobs: contextlib.ExitStack, snapshot: Snapshot, gpus: Mapping[str, object]
+    ) -> dict[str, Mover]:
+        """In one order for everybody, so that two that need the same movers do not wait for each other."""
+        return {gpu: jobs.enter_context(self._movers.of(gpu).job(snapshot)) for gpu in sorted(gpus)}
+
+    def _finish_copy(self, snapshot: Snapshot, movers: Mapping[str, Mover], phases: Phases) -> None:
+        with phases.time("copy"):
+            for mover in movers.values():
+                mover.finish(snapshot.size_bytes)
+        self._pool.complete(snapshot)
+
+    # -- back -------------------------------------------------------------------------------------
+
+    def bring_back(self, target: Target, gpu_map: Mapping[str, str], phases: Phases) -> None:
+        """From parked to a closed gate. Raises GpuschedError; the process is parked then, and can be tried again.
+
+        Where the mover fails, or has no room beside the process, the process copies for itself.
+        """
+        snapshot = self._pool.find(target.pid, start_ticks(target.pid))
+        if snapshot is not None and not snapshot.absorbed:
+            try:
+                self._bring_back_by_mover(target, snapshot, gpu_map, phases)
+            except (errors.GpuschedError, OSError, TimeoutError) as error:
+                log.warning("process %d copies for itself: %s", target.pid, error)
+                for gpu in snapshot.by_gpu():
+                    self._movers.of(gpu_map.get(gpu, gpu)).end()
+            else:
+                self._pool.release(target.pid, snapshot.start_ticks)
+                return
+        self.absorb(target)
+        self._bring_back_alone(target, gpu_map, phases)
+
+    def _bring_back_by_mover(
+        self, target: Target, snapshot: Snapshot, gpu_map: Mapping[str, str], phases: Phases
+    ) -> None:
+        phases.path = "direct"
+        if not snapshot.complete:
+            self._take_rest(target, snapshot)
+        places = {gpu_map.get(gpu, gpu): found for gpu, found in snapshot.by_gpu().items()}
+        with contextlib.ExitStack() as jobs:
+            with phases.time("prepare"):
+                movers = self._begin_jobs(jobs, snapshot, places)
+                for gpu, mover in movers.items():
+                    mover.stage(list(places[gpu].values()))
+            with phases.time("context"):
+                self._restore_context(target.pid, gpu_map)
+            with phases.time("create"):
+                try:
+                    _hand_over(target.create(), places, movers)
+                except Refused as error:
+                    raise _does_not_fit(target.pid, error) from error
+            with phases.time("copy"):
+                _go(movers, out=False)
+                for mover in movers.values():
+                    mover.finish(snapshot.size_bytes)
+            with phases.time("map"):
+                _attach(target)
+
+    def _bring_back_alone(self, target: Target, gpu_map: Mapping[str, str], phases: Phases) -> None:
+        """The process copies from its own memory: slower, and without a mover and a pool."""
+        phases.path = "own"
+        with phases.time("context"):
+            self._restore_context(target.pid, gpu_map)
+        with phases.time("create"):
+            try:
+                for _, fds in target.create():
+                    _close(fds)
+            except Refused as error:
+                raise _does_not_fit(target.pid, error) from error
+        with phases.time("copy"):
+            _attach(target, fill_bytes=max(1, target.shelter[1]))
+
+    def _restore_context(self, pid: int, gpu_map: Mapping[str, str]) -> None:
+        state = self._driver.states([pid]).get(pid)
+        if state == DriverState.CHECKPOINTED:
+            self._driver.restore(pid, gpu_map or None)
+            state = DriverState.LOCKED
+        if state == DriverState.LOCKED:
+            self._driver.unlock(pid)
+
+    def _take_rest(self, target: Target, snapshot: Snapshot) -> None:
+        """Somebody died while it was copied out: the process still holds all of its memory."""
+        with contextlib.ExitStack() as jobs:
+            movers = self._begin_jobs(jobs, snapshot, snapshot.by_gpu())
+            _hand_over(target.held(), snapshot.by_gpu(), movers)
+            _go(movers, out=True)
+            self._finish_copy(snapshot, movers, Phases())
+        target.drop()
+
+    # -- into the process -------------------------------------------------------------------------
+
+    def absorb(self, target: Target) -> None:
+        """The contents of a parked process go from the pool into its own memory; those that are there stay.
+
+        One chunk after the other, each given back when it is there, so little more host memory is needed than before.
+        Raises DriverError, OSError; what was done stays done, and nothing is lost.
+        """
+        if target.has_absorbed:
+            return
+        snapshot = self._pool.find(target.pid, start_ticks(target.pid))
+        if snapshot is None:
+            raise errors.DriverError(
+                f"the contents of process {target.pid} are not in the pool", {"pid": target.pid}
+            )
+        if not snapshot.complete:
+            self._take_rest(target, snapshot)
+            snapshot = self._pool.find(target.pid, snapshot.start_ticks) or snapshot
+        while snapshot.absorbed < len(snapshot.chunks):
+            offset = snapshot.absorbed * pool.CHUNK_BYTES
+            for data in self._pool.read(snapshot, snapshot.absorbed):
+                target.write(offset, data)
+                offset += len(data)
+            for mover in self._movers.all():
+                mover.forget([snapshot.chunks[snapshot.absorbed]])
+            snapshot = self._pool.absorbed(snapshot)
+        target.has_all()
+        self._pool.release(target.pid, snapshot.start_ticks)
+
+
+def start_ticks(pid: int) -> int:
+    """Raises DriverError where the process is gone."""
+    stat = proc.read_stat(pid)
+    if stat is None:
+        raise errors.DriverError(f"process {pid} is gone", {"pid": pid})
+    return stat.start_ticks
+
+
+def _hand_over(
+    batches: Iterator[tuple[list[Piece], list[int]]],
+    by_gpu: Mapping[str, Mapping[int, list[Slice]]],
+    movers: Mapping[str, Mover],
+) -> None:
+    """Gives each mover the memory that is on its GPU, while the process hands it out."""
+    left = {place for places in by_gpu.values() for place in places}
+    for pieces, fds in batches:
+        try:
+            if len(fds) != len(pieces):
+                raise errors.DriverError("the process did not hand over its memory")
+            left -= {piece.place for piece in pieces}
+            for gpu, places in by_gpu.items():
+                mine = [(p, fd) for p, fd in zip(pieces, fds, strict=True) if p.place in places]
+                if mine:
+                    movers[gpu].take([places[p.place] for p, _ in mine], [fd for _, fd in mine])
+        finally:
+            _close(fds)
+    if left:
+        raise errors.DriverError(f"the process handed over all but {len(left)} pieces of memory")
+
+
+def _go(movers: Mapping[str, Mover], *, out: bool) -> None:
+    for mover in movers.values():
+        mover.go(out=out)
+
+
+def _attach(target: Target, *, fill_bytes: int = 0) -> None:
+    try:
+        target.attach(fill_bytes=fill_bytes)
+    except Refused as error:
+        raise errors.DriverError(
+            f"process {target.pid} could not map its memory again ({error}); it stays frozen",
+            {"call": "attach", "pid": target.pid},
+        ) from error
+
+
+def _does_not_fit(pid: int, error: Refused) -> errors.InsufficientGpuMemory:
+    return errors.InsufficientGpuMemory(
+        f"process {pid} did not fit when its memory was made anew ({error}); it stays frozen"
+    )
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

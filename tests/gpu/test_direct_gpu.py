@@ -1,0 +1,148 @@
+"""VRAM past the driver's copy, on a real GPU: a PyTorch program that is never at rest checks its own every step.
+
+Run with ``pytest -m gpu tests/gpu/test_direct_gpu.py`` as root on a machine with an NVIDIA GPU and PyTorch, with the
+library built (pip does that where a C compiler is). GPUSCHED_ROUNDS sets the number of rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemons import PrivateDaemon, wait_until
+from gpusched import GpuSched
+from gpusched.errors import GpuschedError
+from gpusched.mechanisms.cuda import pool_home
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch"),
+]
+
+ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "20"))
+KILLS = int(os.environ.get("GPUSCHED_KILLS", "6"))
+BUSY = Path(__file__).with_name("torch_busy.py")
+
+
+@pytest.fixture
+def daemon() -> Iterator[PrivateDaemon]:
+    started = PrivateDaemon(backend="cuda")
+    started.start()
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = int(os.environ.get("GPUSCHED_SEED", "0")) or random.SystemRandom().randrange(10**6)
+    print(f"GPUSCHED_SEED={seed}")
+    return random.Random(seed)
+
+
+def start(client: GpuSched, name: str, gigabytes: float, **more: Any) -> None:
+    client.run(name, [sys.executable, str(BUSY), str(gigabytes)], **more)
+    wait_until(lambda: bool(steps(client, name)), within_s=90, what=f"{name} works")
+
+
+def steps(client: GpuSched, name: str) -> list[int]:
+    """What each of its threads has done. Raises AssertionError where it found anything wrong."""
+    lines = client.logs(name, 20)["lines"]
+    wrong = [line for line in lines if "WRONG" in line or "Error" in line]
+    assert not wrong, wrong
+    found = [line.split()[1:] for line in lines if line.startswith("steps")]
+    return [int(count) for count in found[-1]] if found else []
+
+
+def goes_on(client: GpuSched, name: str) -> None:
+    before = steps(client, name)
+    wait_until(
+        lambda: all(a < b for a, b in zip(before, steps(client, name), strict=True)),
+        within_s=30,
+        what=f"every thread of {name} goes on",
+    )
+
+
+def test_a_busy_process_leaves_and_comes_back_at_random_moments(
+    daemon: PrivateDaemon, rng: random.Random
+) -> None:
+    with daemon.client() as client:
+        start(client, "busy", 2)
+        for _ in range(ROUNDS):
+            threading.Event().wait(rng.uniform(0, 0.2))
+            off, on = client.freeze("busy"), client.thaw("busy")
+            assert (off["path"], on["path"]) == ("direct", "direct")
+            print(off["duration_ms"], off["phases_ms"], on["duration_ms"], on["phases_ms"])
+        goes_on(client, "busy")
+
+
+def test_it_goes_to_disk_and_into_copies(daemon: PrivateDaemon) -> None:
+    with daemon.client() as client:
+        start(client, "busy", 0.5)
+        try:
+            client.hibernate("busy")
+        except GpuschedError as error:
+            if error.code != "unsupported":
+                raise
+            pytest.skip(f"no disk tier here: {error}")
+        client.thaw("busy")
+        goes_on(client, "busy")
+        client.freeze("busy")
+        copies = client.fork("busy", 2)["copies"]
+        for name in copies:
+            goes_on(client, name)
+        client.thaw("busy")
+        goes_on(client, "busy")
+
+
+def test_whoever_is_killed_nothing_is_lost(daemon: PrivateDaemon, rng: random.Random) -> None:
+    """The mover, the driver helper or the daemon, at random moments of freezes and thaws."""
+    with daemon.client() as client:
+        start(client, "busy", 2)
+        client.freeze("busy")
+        client.thaw("busy")
+    for number in range(KILLS):
+        who = ("mover", "helper", "daemon")[number % 3]
+        worker = threading.Thread(target=_move_until_it_fails, args=(daemon,))
+        worker.start()
+        threading.Event().wait(rng.uniform(0.1, 2.0))
+        _kill(daemon, who)
+        if who != "daemon":
+            threading.Event().wait(1.0)
+            daemon.kill9()
+        worker.join()
+        daemon.start()
+        with daemon.client() as client:
+            client.thaw("busy")
+            goes_on(client, "busy")
+
+
+def _move_until_it_fails(daemon: PrivateDaemon) -> None:
+    with contextlib.suppress(GpuschedError, OSError), daemon.client() as client:
+        while True:
+            with contextlib.suppress(GpuschedError):
+                client.freeze("busy")
+                client.thaw("busy")
+            client.status()
+
+
+def _kill(daemon: PrivateDaemon, who: str) -> None:
+    if who == "daemon":
+        daemon.kill9()
+        return
+    module = {"mover": "gpusched.mechanisms.cuda.mover", "helper": "driver_host"}[who]
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if module in (entry / "cmdline").read_text().replace("\0", " "):
+                os.kill(pid, signal.SIGKILL)
