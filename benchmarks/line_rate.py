@@ -64,7 +64,8 @@ class Busy:
         text = self.log.read_text()
         if "WRONG" in text:
             raise SystemExit(f"a step was wrong: {text[-500:]}")
-        lines = [line for line in text.splitlines() if line.startswith("steps")]
+        whole = text[: text.rfind("\n") + 1]
+        lines = [line for line in whole.splitlines() if line.startswith("steps")]
         return [int(count) for count in lines[-1].split()[1:]] if lines else []
 
     def goes_on(self) -> None:
