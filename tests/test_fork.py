@@ -132,7 +132,7 @@ def test_copies_that_do_not_fit_are_refused_before_anything_is_touched(
 
 def test_a_failed_fork_leaves_the_original_and_no_copy(daemon: PrivateDaemon) -> None:
     model = Workload.start(daemon, "model", "16M")
-    with killing_criu(daemon, delay_s=0.02, survivable=True) as killer:
+    with killing_criu(daemon, delay_s=0.02) as killer:
         answer = request(daemon.socket, "fork", name="model", copies=2, within_s=60)
     assert killer.hits and not answer["ok"], answer
     wait_until(lambda: list(entries(daemon)) == ["model"], within_s=10, what="no copy is left")
