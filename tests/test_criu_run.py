@@ -27,7 +27,7 @@ from gpusched.mechanisms.criu.inside import Inside, Task, open_log
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.system import read_machine
 from gpusched.ports import Identity
-from isolated import PYTHON, Isolated, about, bring_back, counting, isolated, save
+from isolated import PYTHON, SAVER, Isolated, about, bring_back, counting, isolated, save
 
 pytestmark = pytest.mark.criu
 
@@ -306,25 +306,6 @@ def survives(
     assert store.used_bytes() == 0
     assert run.find_running_criu(criu, inside) == []
     tree.wait_for_more()
-
-
-#: Saves as a daemon would, and is killed meanwhile.
-SAVER = """
-import os, sys
-from pathlib import Path
-from gpusched.mechanisms.criu import tree
-from gpusched.mechanisms.criu import tree as trees
-from gpusched.mechanisms.criu.images import ImageStore
-from gpusched.mechanisms.criu.inside import Inside
-from gpusched.mechanisms.criu.program import Program
-from gpusched.ports import Identity
-criu = Program(path=sys.argv[1], version=(), executable=sys.argv[2])
-init = Identity(pid=int(sys.argv[3]), start_ticks=int(sys.argv[4]), boot_id="")
-with Inside(init) as inside, ImageStore(Path(sys.argv[5])).begin("a") as draft:
-    print("begin", flush=True)
-    tree.save(criu, inside, draft, name="job", timeout_s=60)
-    os.kill(os.getpid(), 9)
-"""
 
 
 def test_after_the_daemon_was_killed_the_next_one_ends_its_criu_and_nothing_is_lost(

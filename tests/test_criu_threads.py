@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import pytest
 from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms.criu import run, threads
+from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
 from gpusched.mechanisms.criu.program import Program
-from isolated import PYTHON, Isolated, bring_back, counting, isolated, save
+from isolated import PYTHON, SAVER, Isolated, bring_back, counting, isolated, save
 
 pytestmark = [
     pytest.mark.criu,
@@ -174,6 +176,45 @@ def test_a_process_that_may_not_ask_for_signals_is_saved_all_the_same(
         tree.wait_for_more()
 
 
+#: Saves as a daemon would, and dies at the N-th of the steps that it has other processes make.
+DYING = (
+    """
+import os, sys
+from gpusched.mechanisms.criu import tracing
+real, left = tracing._to_next_stop, [int(sys.argv.pop())]
+def step(tid):
+    real(tid)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), 9)
+tracing._to_next_stop = step
+"""
+    + SAVER
+)
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_daemon_that_dies_while_a_process_makes_a_call_for_it_leaves_that_as_it_was(
+    step: int, tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    with (
+        isolated(tmp_path / "log", [*PYTHON, "-c", FAMILY, "handler"]) as tree,
+        Inside(tree.init) as inside,
+    ):
+        wait_until(lambda: len(inside.tasks()) == 2, within_s=10, what="both are there")
+        tree.wait_for_more()
+        before = [_signals(task.pid) for task in inside.tasks()]
+        argv = [criu.path, criu.executable, tree.init.pid, tree.init.start_ticks, store.root, step]
+        ended = subprocess.run(
+            [sys.executable, "-c", DYING, *map(str, argv)], cwd=ROOT, timeout=60, check=False
+        )
+        assert ended.returncode == -signal.SIGKILL
+        trees.recover(criu, inside, store, "a")
+        tree.wait_for_more()
+        assert [_signals(task.pid) for task in inside.tasks()] == before
+        _require_its_own_handler(tree, inside)
+
+
 def test_a_daemon_that_dies_between_arming_and_criu_leaves_everything_as_it_was(
     tmp_path: Path, criu: Program
 ) -> None:
@@ -181,6 +222,7 @@ def test_a_daemon_that_dies_between_arming_and_criu_leaves_everything_as_it_was(
         (task,) = inside.tasks()
         before = _signals(task.pid)
         captured = threads.stop_and_capture(inside, threads.note(inside))
+        captured = threads.ask_traps(captured)
         threads.arm(captured)
         assert _signals(task.pid) != before
         time.sleep(0.01)

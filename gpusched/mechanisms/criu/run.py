@@ -90,6 +90,8 @@ def dump(
         _write_record(images_fd, captured)
         captured = threads.stop_and_capture(inside, captured)
         _write_record(images_fd, captured)
+        captured = threads.ask_traps(captured)
+        _write_record(images_fd, captured)
         threads.arm(captured)
         with _empty_directory() as plugins:
             argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)

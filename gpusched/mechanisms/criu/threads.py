@@ -142,7 +142,6 @@ def _capture(task: Task, was_stopped: bool) -> ProcessState:
             threads = tuple(_thread_state(tid) for tid in held.tids)
             site = _site(task.pid)
             code = tracing.read_memory(task.pid, site, _CODE_BYTES)
-            trap = _trap_of(held) if site else b""
     except OSError as error:
         raise errors.CriuError(
             f"process {task.pid} cannot be examined before it is saved: {error}"
@@ -155,7 +154,6 @@ def _capture(task: Task, was_stopped: bool) -> ProcessState:
         threads=threads,
         site=site,
         code=code,
-        trap=trap,
     )
 
 
@@ -183,11 +181,24 @@ def _below(tid: int, pointer: int) -> bytes:
     return b""
 
 
-def _trap_of(held: tracing.Held) -> bytes:
+# -- the trap -------------------------------------------------------------------------------------
+
+
+def ask_traps(captured: Captured) -> Captured:
+    """The same, with what SIGTRAP does. ``captured`` must be on record: here threads make calls for us already."""
+    return Captured(
+        processes=tuple(
+            msgspec.structs.replace(one, trap=_trap_of(one)) for one in captured.processes
+        )
+    )
+
+
+def _trap_of(process: ProcessState) -> bytes:
     """Empty where it cannot be asked: such a process takes its chance."""
-    if held.may_call:
-        with contextlib.suppress(OSError):
-            return tracing.action(held.tids[0], signal.SIGTRAP)
+    if process.site and _is_there(process):
+        with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            if held.may_call:
+                return tracing.action(held.tids[0], signal.SIGTRAP)
     return b""
 
 
@@ -267,8 +278,11 @@ def go_on(inside: Inside, captured: Captured) -> None:
 
 def _put_thread_back(process: ProcessState, thread: ThreadState) -> None:
     address = tracing.instruction(tracing.registers(thread.tid))
+    is_in_call = tracing.is_in_call(process.pid, address)  # of ours
     mask = int.from_bytes(tracing.signal_mask(thread.tid), "little")
-    is_in_code = _is_at(process.site, address) or _is_in_parasite(process.pid, address)
+    is_in_code = (
+        is_in_call or _is_at(process.site, address) or _is_in_parasite(process.pid, address)
+    )
     if is_in_code:
         tracing.set_extended(thread.tid, thread.extended)
         tracing.set_registers(thread.tid, thread.registers)

@@ -221,8 +221,15 @@ def action(tid: int, number: int, new: bytes = b"") -> bytes:
         write_memory(tid, room, kept)
 
 
+def is_in_call(pid: int, address: int) -> bool:
+    """Whether that is where a thread stands whose tracer died while it made a call for us."""
+    with contextlib.suppress(OSError):
+        return IS_X86 and address - _syscall_code(pid) in (0, len(_SYSCALL_CODE))
+    return False
+
+
 def _call(tid: int, before: bytes, call: tuple[int, ...]) -> None:
-    """No instruction of ours and no trap: who dies in the middle leaves nothing that could kill the thread."""
+    """No instruction of ours and no trap: when we die in the middle, it stops, and can be put back."""
     words = list(struct.unpack(f"<{_WORDS}Q", before))
     words[_RIP], words[_RAX], words[_ORIG_RAX] = _syscall_code(tid), call[0], 2**64 - 1
     for where, value in zip(_ARGUMENTS, call[1:], strict=True):
