@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,25 @@ def test_a_daemon_that_dies_while_a_process_makes_a_call_for_it_leaves_that_as_i
         tree.wait_for_more()
         assert [_signals(task.pid) for task in inside.tasks()] == before
         _require_its_own_handler(tree, inside)
+
+
+def test_who_stops_only_a_moment_after_criu_has_died_is_put_back_too(
+    tmp_path: Path, criu: Program
+) -> None:
+    with counting(tmp_path / "log") as tree, Inside(tree.init) as inside:
+        (task,) = inside.tasks()
+        before = _signals(task.pid)
+        captured = threads.stop_and_capture(inside, threads.note(inside))
+        captured = threads.ask_traps(captured)
+        threads.arm(captured)
+        os.kill(task.pid, signal.SIGCONT)
+        wait_until(lambda: not inside.tasks()[0].is_stopped, within_s=5, what="it runs")
+        stopper = threading.Timer(0.1, os.kill, (task.pid, signal.SIGSTOP))
+        stopper.start()
+        run.undo_dump(inside, captured)
+        stopper.join()
+        tree.wait_for_more()
+        assert _signals(task.pid) == before
 
 
 def test_a_daemon_that_dies_between_arming_and_criu_leaves_everything_as_it_was(

@@ -137,7 +137,7 @@ def _fresh_inits(daemon: PrivateDaemon) -> list[int]:
 def _require_whole(daemon: PrivateDaemon, model: Workload, said: str) -> None:
     """The process is somewhere, whole; copies are all there or none; nothing works on in the dark."""
     found = entries(daemon)
-    assert found["model"]["state"] in _METHODS, (said, found)
+    assert found["model"]["state"] in _METHODS, f"{said}: {found['model']}"
     copies = [name for name in found if name != "model"]
     assert len(copies) in (0, 2), (said, found)
     for name in copies:

@@ -44,6 +44,7 @@ _TRAP_BIT: Final = 1 << (signal.SIGTRAP - 1)
 _SA_RESTORER: Final = 0x04000000
 _IGNORED: Final = struct.pack("<QQQQ", signal.SIG_IGN, 0, 0, 0)
 _STOP_S: Final = 5.0
+_SETTLE_S: Final = 2.0
 
 
 class ThreadState(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,6 +251,7 @@ def put_back(captured: Captured) -> None:
     on a little way before the kernel stopped it, and would be set back in time. A process that has ended, or that
     somebody let go on meanwhile, is passed over.
     """
+    _settle(captured)
     for process in captured.processes:
         if _is_there(process):
             # Asked before it is seized, which changes the answer.
@@ -264,6 +266,22 @@ def put_back(captured: Captured) -> None:
                 if process.trap:  # one that is pending is dropped where it is ignored
                     tracing.action(held.tids[0], signal.SIGTRAP, _IGNORED)
                     tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
+
+
+def _settle(captured: Captured) -> None:
+    """Waits until every thread has stopped: on a busy machine that takes a moment after its tracer has died.
+
+    Not longer than 2 s in all: somebody may have let a process go on.
+    """
+    deadline = time.monotonic() + _SETTLE_S
+    for process in captured.processes:
+        while process.threads and time.monotonic() < deadline:
+            found = proc.read_stat(process.pid)
+            if found is None or found.start_ticks != process.start_ticks:
+                break
+            if all(where.state in "TZX" for where in _threads_of(process.pid)):
+                break
+            time.sleep(0.0005)
 
 
 def go_on(inside: Inside, captured: Captured) -> None:
