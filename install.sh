@@ -9,16 +9,20 @@ readonly here
 
 usage() {
     cat <<'TEXT'
-usage: sudo ./install.sh [--no-driver-check] [--root DIR]
+usage: sudo ./install.sh [--no-driver-check] [--no-criu | --criu-archive URL] [--root DIR]
        sudo ./install.sh --uninstall [--purge] [--root DIR]
 
 Installs this checkout for all users of this machine: the program in /opt/gpusched (in an environment of its own),
-the command /usr/local/bin/gpusched, the group gpusched, and, where systemd runs, the service gpusched, started.
+the command /usr/local/bin/gpusched, the group gpusched, and, where systemd runs, the service gpusched, started. Where
+this machine has no CRIU that works, one is made in /opt/gpusched/criu for the disk tier (see scripts/make_criu.sh
+--help); where that is not possible it says why, and everything else works.
 Run it again to upgrade: configuration, state and running models stay; only the daemon restarts, and models outlive it.
 
   --uninstall        remove the program and the service; keep configuration, state and logs
   --purge            with --uninstall: remove those and the group too
   --no-driver-check  install although there is no NVIDIA driver 580 or newer; the service is not started then
+  --no-criu          look for no CRIU and make none
+  --criu-archive URL the Debian archive to take it from; default: the first one in this machine's own package sources
   --root DIR         install below DIR, to look at it: no group, no service. The programs name DIR: do not move it
   --help             show this
 
@@ -163,6 +167,39 @@ group = "gpusched"
 TOML
 }
 
+# Prints "works PATH VERSION" of the CRIU that the daemon would take, or why it would have none.
+criu_found() {
+    "$venv/bin/python" -I - "$criu" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from gpusched.mechanisms.criu import program
+
+found = program.find(private=Path(sys.argv[1]))
+chosen = found.program
+print(f"works {chosen.path} {'.'.join(map(str, chosen.version))}" if chosen else found.why_not)
+PYTHON
+}
+
+# The disk tier's CRIU: the one that is there, where it works, else one of our own. Never fails: all else needs none.
+provide_criu() {
+    local found make_criu=$scratch/scripts/make_criu.sh
+    [[ -z $no_criu && -e $make_criu ]] || return 0 # older versions have no disk tier
+    found=$(criu_found) || found="it could not be looked for"
+    if [[ $found != works* ]]; then
+        say "Disk tier: $found. Making one in $criu."
+        if "$make_criu" ${criu_archive:+--archive "$criu_archive"} "$criu"; then
+            found=$(criu_found) || found="it could not be looked for"
+        fi
+    fi
+    if [[ $found == works* ]]; then
+        say "Disk tier: CRIU ${found#works } works."
+    else
+        say "No disk tier (hibernate, fork): $found. Everything else works. To have it, install CRIU 4.2 or newer, or" \
+            "run this again with --criu-archive; gpusched doctor tries it out"
+    fi
+}
+
 start_service() { # WHAT IS WRONG WITH THE DRIVER
     systemctl daemon-reload
     systemctl enable --quiet gpusched.service
@@ -194,6 +231,7 @@ do_install() {
     make_directory 0711 /var/log/gpusched
     make_directory 0755 /etc/gpusched
     make_environment "$python"
+    provide_criu
     write_config
     mkdir -p "$root/usr/local/bin" "${unit%/*}"
     ln -sfn "$venv/bin/gpusched" "$link"
@@ -242,13 +280,19 @@ do_uninstall() {
 
 main() {
     local action=install
-    root="" purge="" no_driver_check=""
+    root="" purge="" no_driver_check="" no_criu="" criu_archive=""
     while (($#)); do
         case $1 in
         --help | -h) usage && return ;;
         --uninstall) action=uninstall ;;
         --purge) purge=yes ;;
         --no-driver-check) no_driver_check=yes ;;
+        --no-criu) no_criu=yes ;;
+        --criu-archive)
+            [[ -n ${2:-} ]] || die "--criu-archive needs an address"
+            criu_archive=$2
+            shift
+            ;;
         --root)
             [[ -n ${2:-} ]] || die "--root needs a directory"
             mkdir -p "$2"
@@ -263,7 +307,7 @@ main() {
     ((EUID == 0)) || [[ -n $root ]] || die "needs root: sudo $0"
     [[ $root != / ]] || root=""
     unset GPUSCHED_SOCKET # the configuration says where this installation's daemon listens
-    venv=$root/opt/gpusched/venv config=$root/etc/gpusched/config.toml unit=$root/etc/systemd/system/gpusched.service
+    venv=$root/opt/gpusched/venv criu=$root/opt/gpusched/criu config=$root/etc/gpusched/config.toml unit=$root/etc/systemd/system/gpusched.service
     case $action in
     install) do_install ;;
     uninstall) do_uninstall ;;

@@ -2,7 +2,7 @@
 
     python benchmarks/preload_cost.py [--rounds 5] [--out DIR]
 
-PyTorch launches a tiny kernel without pause; ``cuMemAlloc`` and ``cuMemFree`` of several sizes follow each other. Each in
+PyTorch launches a tiny kernel without pause; ``cuMemAlloc`` and ``cuMemFree`` of several sizes follow each other. In
 processes of their own, with and without the library by turns, so that a drift of the machine meets both. Microseconds a
 launch, or a pair of calls: the least of several loops in a process, and of those the median over the processes.
 """

@@ -35,9 +35,10 @@ from gpusched.mechanisms import logs
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.criu import trials
 from gpusched.mechanisms.cuda import pool_home
-from gpusched.mechanisms.disk import DiskTier, NoDiskTier
+from gpusched.mechanisms.disk import DiskTier
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.host import ProcHost
+from gpusched.mechanisms.no_disk import NoDiskTier
 from gpusched.mechanisms.notify import notify
 from gpusched.mechanisms.trees import TreeKeeper
 from gpusched.mechanisms.users import SystemUsers

@@ -17,11 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import find_criu
 from daemons import PrivateDaemon, request, wait_until
-from gpusched.mechanisms.criu import run
-from gpusched.mechanisms.criu.inside import Inside
-from gpusched.ports import Identity
 from workloads import Workload, done, entries
 
 #: Holds what CRIU has to bring back: threads, a child with a pipe, a semaphore, a listener, a file without a name,
@@ -129,16 +125,10 @@ def criu_at_work(daemon: PrivateDaemon) -> list[int]:
 
 
 class Killer(threading.Thread):
-    """Kills CRIU as soon as one is at work, after ``delay_s``; ``hits`` says how many it got.
+    """Kills CRIU as soon as one is at work, after ``delay_s``; ``hits`` says how many it got."""
 
-    ``survivable``: at a moment that the processes it works on survive, as the daemon itself ends CRIU.
-    """
-
-    def __init__(
-        self, target: PrivateDaemon, delay_s: float, *, survivable: bool, within_s: float = 10.0
-    ) -> None:
+    def __init__(self, target: PrivateDaemon, delay_s: float, *, within_s: float = 10.0) -> None:
         super().__init__(daemon=True)
-        self._survivable = survivable
         self._target = target
         self._delay_s = delay_s
         self._deadline = time.monotonic() + within_s
@@ -149,9 +139,6 @@ class Killer(threading.Thread):
         while not self.stop.is_set() and time.monotonic() < self._deadline:
             if criu_at_work(self._target):
                 time.sleep(self._delay_s)
-                if self._survivable:
-                    self._end_well()
-                    return
                 for pid in criu_at_work(self._target):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -160,21 +147,10 @@ class Killer(threading.Thread):
                     return
             time.sleep(0.001)
 
-    def _end_well(self) -> None:
-        program = find_criu()[0]
-        (tree,) = (self._target.state_dir / "trees").iterdir()
-        record = json.loads((tree / "alive.lock").read_text())
-        assert program is not None
-        self.hits += len(criu_at_work(self._target))
-        with Inside(Identity(**record)) as inside:
-            run.end_running_criu(program, inside)
-
 
 @contextlib.contextmanager
-def killing_criu(
-    daemon: PrivateDaemon, delay_s: float = 0.0, *, survivable: bool = False
-) -> Iterator[Killer]:
-    killer = Killer(daemon, delay_s, survivable=survivable)
+def killing_criu(daemon: PrivateDaemon, delay_s: float = 0.0) -> Iterator[Killer]:
+    killer = Killer(daemon, delay_s)
     killer.start()
     try:
         yield killer

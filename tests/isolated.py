@@ -34,6 +34,23 @@ while True:
     print(count, zlib.crc32(memory) if count % 20 == 1 else "", flush=True)
     time.sleep(0.005)
 """
+#: Saves as a daemon would, and is killed meanwhile.
+SAVER = """
+import os, sys
+from pathlib import Path
+from gpusched.mechanisms.criu import tree
+from gpusched.mechanisms.criu import tree as trees
+from gpusched.mechanisms.criu.images import ImageStore
+from gpusched.mechanisms.criu.inside import Inside
+from gpusched.mechanisms.criu.program import Program
+from gpusched.ports import Identity
+criu = Program(path=sys.argv[1], version=(), executable=sys.argv[2])
+init = Identity(pid=int(sys.argv[3]), start_ticks=int(sys.argv[4]), boot_id="")
+with Inside(init) as inside, ImageStore(Path(sys.argv[5])).begin("a") as draft:
+    print("begin", flush=True)
+    tree.save(criu, inside, draft, name="job", timeout_s=60)
+    os.kill(os.getpid(), 9)
+"""
 PYTHON = [os.path.realpath(sys.executable), "-I", "-S"]
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,14 +21,14 @@ import pytest
 from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu import run
+from gpusched.mechanisms.criu import opened, run
 from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside, Task, open_log
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.system import read_machine
 from gpusched.ports import Identity
-from isolated import PYTHON, Isolated, about, bring_back, counting, isolated, save
+from isolated import PYTHON, SAVER, Isolated, about, bring_back, counting, isolated, save
 
 pytestmark = pytest.mark.criu
 
@@ -138,6 +139,31 @@ def test_a_tree_comes_back_whole_with_its_shared_memory(
 
 def shm_file(tree: Isolated, name: str) -> Path:
     return Path(f"/proc/{tree.init.pid}/root/dev/shm/{name}")
+
+
+@pytest.mark.parametrize(
+    ("holds", "expected"),
+    [
+        ("None", False),
+        ("tempfile.TemporaryFile(dir=directory)", True),
+        ("tempfile.TemporaryFile(dir='/dev/shm')", False),
+        ("os.memfd_create('x')", False),
+        ("mmap.mmap(-1, 4096)", False),
+        ("socket.create_server(('127.0.0.1', 0))", False),
+        ("socket.create_server('\\0' + directory, family=socket.AF_UNIX)", False),
+        ("socket.create_server(directory + '/s', family=socket.AF_UNIX)", True),
+    ],
+)
+def test_what_several_restores_would_make_in_the_same_place_is_seen(
+    holds: str, expected: bool, tmp_path: Path
+) -> None:
+    script = "import mmap, os, socket, sys, tempfile, time\ndirectory = sys.argv[1]\n"
+    script += f"held = {holds}\nprint(1, flush=True)\ntime.sleep(99)"
+    with tempfile.TemporaryDirectory() as short:  # the name of a socket has 100 characters at most
+        argv = [*PYTHON, "-c", script, short]
+        with isolated(tmp_path / "log", argv) as tree, Inside(tree.init) as inside:
+            wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds it")
+            assert opened.has_fixed_names(inside, inside.tasks()) is expected
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -306,25 +332,6 @@ def survives(
     assert store.used_bytes() == 0
     assert run.find_running_criu(criu, inside) == []
     tree.wait_for_more()
-
-
-#: Saves as a daemon would, and is killed meanwhile.
-SAVER = """
-import os, sys
-from pathlib import Path
-from gpusched.mechanisms.criu import tree
-from gpusched.mechanisms.criu import tree as trees
-from gpusched.mechanisms.criu.images import ImageStore
-from gpusched.mechanisms.criu.inside import Inside
-from gpusched.mechanisms.criu.program import Program
-from gpusched.ports import Identity
-criu = Program(path=sys.argv[1], version=(), executable=sys.argv[2])
-init = Identity(pid=int(sys.argv[3]), start_ticks=int(sys.argv[4]), boot_id="")
-with Inside(init) as inside, ImageStore(Path(sys.argv[5])).begin("a") as draft:
-    print("begin", flush=True)
-    tree.save(criu, inside, draft, name="job", timeout_s=60)
-    os.kill(os.getpid(), 9)
-"""
 
 
 def test_after_the_daemon_was_killed_the_next_one_ends_its_criu_and_nothing_is_lost(

@@ -33,7 +33,7 @@ def test_a_dump_that_is_killed_leaves_the_process_as_it_was(private_daemon: Star
     for before in ("active", "frozen"):
         if before == "frozen":
             done(daemon, "freeze", name="model")
-        with killing_criu(daemon, delay_s=0.02, survivable=True) as killer:
+        with killing_criu(daemon, delay_s=0.02) as killer:
             answer = refused(daemon, "criu_error", "hibernate", name="model")
         assert killer.hits and before in answer["error"]
         model.require(before)
@@ -84,37 +84,19 @@ def test_killed_at_random_instants_nothing_is_lost(private_daemon: StartDaemon, 
     rng = random.Random(seed)
     daemon = private_daemon(gpus=2, vram="256M")
     model = Workload.start(daemon, "model", "24M")
-    trapped = 0
-    rounds = 200 if soak else 10
-    for number in range(rounds):
+    for number in range(200 if soak else 10):
         state = entries(daemon)["model"]["state"]
         method = rng.choice(_METHODS[state])
         victim = rng.choice(["daemon", "criu", "both"] + (["init"] if method == "thaw" else []))
         delay_s = rng.random() * _LONGEST_S
         _strike(daemon, method, victim, delay_s)
         said = f"round {number}: {method}, {victim} after {delay_s:.3f} s"
-        if victim in ("criu", "both") and _is_trapped(daemon):
-            trapped += 1
-            print(said, "the process died of code that CRIU had put into it")
-            done(daemon, "kill", name="model")
-            model = Workload.start(daemon, "model", "24M")
         _require_whole(daemon, model, said)
-    assert trapped <= 1 + rounds // 25, f"{trapped} of {rounds}"
     _bring_on(daemon, model)
     model.require_log()
     wait_no_image(daemon)
 
 
-def _is_trapped(daemon: PrivateDaemon) -> bool:
-    """Whether the process died by what CRIU itself does not survive: killed in the microseconds in which a thread runs
-    CRIU's own code. The kernel delivers the trap at its end when the tracer dies, and nobody can take it back
-    (docs/decisions/0015). Seen in 3 of 450 rounds with such kills.
-    """
-    entry = entries(daemon)["model"]
-    return entry["state"] == "dead" and entry["exit_signal"] in _TRAPS
-
-
-_TRAPS = (signal.SIGTRAP, signal.SIGSEGV, signal.SIGILL)
 _METHODS = {
     "active": ["hibernate", "hibernate", "fork"],
     "frozen": ["hibernate", "thaw", "fork"],
@@ -155,7 +137,7 @@ def _fresh_inits(daemon: PrivateDaemon) -> list[int]:
 def _require_whole(daemon: PrivateDaemon, model: Workload, said: str) -> None:
     """The process is somewhere, whole; copies are all there or none; nothing works on in the dark."""
     found = entries(daemon)
-    assert found["model"]["state"] in _METHODS, (said, found)
+    assert found["model"]["state"] in _METHODS, f"{said}: {found['model']}"
     copies = [name for name in found if name != "model"]
     assert len(copies) in (0, 2), (said, found)
     for name in copies:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from daemons import PrivateDaemon, request, wait_until
-from disk_tier import beats, killing_criu, log, require_beating, start_rich, wait_no_image
+from disk_tier import (
+    beats,
+    killing_criu,
+    log,
+    require_beating,
+    start_rich,
+    wait_no_image,
+)
+from gpusched.mechanisms.clock import SystemClock
+from gpusched.mechanisms.disk import DiskTier
 from gpusched.mechanisms.sim.script import Script
+from gpusched.ports import Identity, Revival, Woken
 from live import digests, prove_contents, running
 from workloads import Workload, done, entries, refused
 
@@ -89,6 +103,42 @@ def test_eight_copies_at_once(daemon: PrivateDaemon) -> None:
         prove_contents(daemon, name)
 
 
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_copies_come_back_side_by_side_unless_they_would_make_the_same_names(
+    by_turns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, most = list[str](), 0
+    both = threading.Barrier(2)
+
+    def wake(image_id: str, revival: Revival) -> Woken:
+        nonlocal most
+        at_work.append(revival.name)
+        most = max(most, len(at_work))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.1 if by_turns else 10)
+        at_work.remove(revival.name)
+        return Woken(main=Identity(pid=1, start_ticks=0, boot_id=""), pids={})
+
+    tier: Any = DiskTier(
+        *(cast("Any", None), SystemClock(), tmp_path, cast("Any", None), cast("Any", None)),
+        cast("Any", None),
+    )
+    monkeypatch.setattr(tier, "_wake", wake)
+    monkeypatch.setattr(tier, "_is_by_turns", lambda _: by_turns)
+
+    async def fork() -> None:
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b"):
+                revival = Revival(
+                    tree_id=name, name=name, log_path="", fresh_log=True, own_network=True
+                )
+                group.create_task(tier.wake("image", revival), name=name)
+
+    asyncio.run(fork())
+    tier.close()
+    assert most == (1 if by_turns else 2)
+
+
 def test_a_copy_has_a_network_and_a_log_of_its_own(daemon: PrivateDaemon) -> None:
     port = start_rich(daemon, "rich")
     require_beating(daemon, "rich")
@@ -132,7 +182,7 @@ def test_copies_that_do_not_fit_are_refused_before_anything_is_touched(
 
 def test_a_failed_fork_leaves_the_original_and_no_copy(daemon: PrivateDaemon) -> None:
     model = Workload.start(daemon, "model", "16M")
-    with killing_criu(daemon, delay_s=0.02, survivable=True) as killer:
+    with killing_criu(daemon, delay_s=0.02) as killer:
         answer = request(daemon.socket, "fork", name="model", copies=2, within_s=60)
     assert killer.hits and not answer["ok"], answer
     wait_until(lambda: list(entries(daemon)) == ["model"], within_s=10, what="no copy is left")

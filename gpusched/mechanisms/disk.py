@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -45,43 +44,8 @@ from gpusched.ports import (
 from gpusched.units import MIB
 
 T = TypeVar("T")
-_THREADS: Final = 8
+_THREADS: Final = 16
 _SYS_RESOURCE: Final = 24
-
-
-class NoDiskTier:
-    """A machine, or a daemon, that cannot save anything; ``reason`` says why."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def close(self) -> None: ...
-
-    def why_not(self) -> str:
-        return self._reason
-
-    def room(self) -> DiskRoom:
-        return DiskRoom(used_bytes=0, free_bytes=0)
-
-    async def images(self) -> list[Image]:
-        return []
-
-    async def delete(self, image_id: str) -> None: ...
-
-    async def look(self, *_: object) -> DiskFacts:
-        raise errors.Unsupported(self._reason)
-
-    async def save(self, *_: object) -> Saved:
-        raise errors.Unsupported(self._reason)
-
-    async def changes(self, image_id: str) -> list[str]:
-        return [f"image {image_id} cannot be used: {self._reason}"]
-
-    async def wake(self, *_: object) -> Woken:
-        raise errors.Unsupported(self._reason)
-
-    async def verify(self, image_id: str) -> None:
-        raise errors.Unsupported(f"image {image_id}: {self._reason}")
 
 
 class DiskTier:
@@ -104,7 +68,9 @@ class DiskTier:
         self._program = program
         self._driver = driver
         self._sizes: dict[str, int] = {}
-        self._turns: dict[str, threading.Lock] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        restores = max(2, min(_THREADS // 2, len(os.sched_getaffinity(0)) // 2))
+        self._restores = asyncio.Semaphore(restores)
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
 
     def close(self) -> None:
@@ -179,8 +145,14 @@ class DiskTier:
             self._store.begin(image_id) as draft,
         ):
             pids = {task.pid: task.inner_pid for task in inside.tasks()}
-            limit_s = run.time_limit_s(need_bytes)
-            saved = tree.save(self._program, inside, draft, name=launch.name, timeout_s=limit_s)
+            saved = tree.save(
+                self._program,
+                inside,
+                draft,
+                name=launch.name,
+                timeout_s=run.time_limit_s(need_bytes),
+                keep_cached=_is_for_copies(record),
+            )
             try:
                 for part, directory in self._own_parts(tree_id):
                     draft.save_directory(part, directory)
@@ -207,7 +179,8 @@ class DiskTier:
             used=saved.used,
             unnamed=saved.unnamed,
             vram_bytes=vram,
-            record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())},
+            record={"engine": record, "launch": asdict(launch), "pids": list(pids.items())}
+            | {"by_turns": saved.by_turns},
         )
 
     def _machine(self, vram_bytes: int) -> manifest.Machine:
@@ -232,33 +205,42 @@ class DiskTier:
             return [str(d) for d in tree.differences(image, None, now, [log_path]) if d.blocks]
 
     async def wake(self, image_id: str, revival: Revival) -> Woken:
-        return await self._do(self._wake, image_id, revival)
+        async with contextlib.AsyncExitStack() as stack:
+            if await self._do(self._is_by_turns, image_id):
+                turn = self._turns.setdefault(image_id, asyncio.Lock())
+                await stack.enter_async_context(turn)
+            await stack.enter_async_context(self._restores)
+            return await self._do(self._wake, image_id, revival)
+
+    def _is_by_turns(self, image_id: str) -> bool:
+        with self._store.open(image_id) as image:
+            return bool(image.manifest.record.get("by_turns", True))
 
     def _wake(self, image_id: str, revival: Revival) -> Woken:
         with self._store.open(image_id) as image, self._awaited(revival.tree_id):
-            old = _launch_in(image.manifest)
             launch = replace(
-                old, tree_id=revival.tree_id, name=revival.name, log_path=revival.log_path
+                _launch_in(image.manifest),
+                tree_id=revival.tree_id,
+                name=revival.name,
+                log_path=revival.log_path,
             )
             main = self._trees.revive(
                 launch,
-                lambda init: self._bring_back(image, launch, init, old.log_path),
+                lambda init: self._bring_back(image, launch, init),
                 own_network=revival.own_network,
                 fresh_log=revival.fresh_log,
             )
         below = proc.scan().descendants({main.pid})
         return Woken(main=main, pids={i: pid for pid in below if (i := proc.inner_pid(pid))})
 
-    def _bring_back(self, image: StoredImage, launch: Launch, init: Identity, old_log: str) -> int:
+    def _bring_back(self, image: StoredImage, launch: Launch, init: Identity) -> int:
         """Fills the fresh namespaces of ``init``; the pid of the main process inside."""
         with contextlib.ExitStack() as stack:
             inside = stack.enter_context(Inside(init))
-            inherited = {}
+            inherited, old_log = {}, _launch_in(image.manifest).log_path
             if old_log != os.devnull:
                 inherited[old_log] = open_log(inside, launch.log_path, launch.uid, launch.gid)
                 stack.callback(os.close, inherited[old_log])
-            # One at a time: CRIU makes files without a name anew under the same names, in directories that are shared.
-            stack.enter_context(self._turns.setdefault(image.image_id, threading.Lock()))
             for part, directory in self._own_parts(launch.tree_id):
                 image.restore_directory(part, directory)
             own = {i for p in self._trees.own_directories(launch.tree_id) for i in _files(p)}
@@ -271,6 +253,7 @@ class DiskTier:
                 timeout_s=run.time_limit_s(image.manifest.size_bytes),
                 inherited=inherited,
                 own=own,
+                keep_cached=_is_for_copies(image.manifest.record["engine"]),
             )
         return restored.main.inner_pid
 
@@ -344,6 +327,11 @@ def _incapable(pid: int) -> Obstacle:
 def _launch_in(about: manifest.Manifest) -> Launch:
     fields: dict[str, Any] = dict(about.record["launch"])
     return Launch(**fields | {name: tuple(fields[name]) for name in ("argv", "groups")})
+
+
+def _is_for_copies(record: Mapping[str, object]) -> bool:
+    """It comes back at once, and as often as there are copies."""
+    return record.get("for") == "copies"
 
 
 def _vram_of(record: Mapping[str, object]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from gpusched import errors
-from gpusched.mechanisms.criu import system
+from gpusched.mechanisms.criu import system, unix_peers
 from gpusched.mechanisms.criu.inside import Inside, Task
 
 _SHM: Final = "/dev/shm"  # noqa: S108
@@ -67,6 +67,37 @@ def unnamed_files(tasks: Iterable[Task]) -> tuple[int, ...]:
     """Inodes of what processes have open or mapped by a name that is gone, while it has other names (hard links)."""
     held = (one for one in _held(tasks) if one.has_lost_its_name and one.about.st_nlink)
     return tuple(sorted({one.about.st_ino for one in held}))
+
+
+def has_fixed_names(inside: Inside, tasks: Iterable[Task]) -> bool:
+    """Whether a restore makes names where other restores of the same image would make the same ones.
+
+    CRIU makes files without a name anew (and takes the name away again), beside where they were, and Unix sockets at
+    their paths. What has its place in the tree's own /dev/shm, or never had one, is nobody else's.
+    """
+    memory = os.memfd_create("device")
+    try:
+        own = _devices(inside, (_SHM,)) | {os.fstat(memory).st_dev}
+    finally:
+        os.close(memory)
+    tasks = list(tasks)
+    if any(one.has_lost_its_name and one.about.st_dev not in own for one in _held(tasks)):
+        return True
+    try:
+        sockets = unix_peers.read(inside.network_namespace)
+    except OSError:
+        return True
+    named = {inode for inode, one in sockets.items() if one.name.startswith("/")}
+    return any(inode in named for task in tasks for inode in _sockets(task.pid))
+
+
+def _sockets(pid: int) -> Iterator[int]:
+    """The inodes of a process's sockets."""
+    for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            link = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
+            if link.startswith("socket:["):
+                yield int(link[8:-1])
 
 
 def _devices(inside: Inside, paths: Iterable[str]) -> set[int]:

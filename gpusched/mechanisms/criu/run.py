@@ -90,9 +90,13 @@ def dump(
         _write_record(images_fd, captured)
         captured = threads.stop_and_capture(inside, captured)
         _write_record(images_fd, captured)
+        captured = threads.ask_traps(captured)
+        _write_record(images_fd, captured)
+        threads.arm(captured)
         with _empty_directory() as plugins:
             argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)
             _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
+        threads.disarm(captured)
     except BaseException as error:
         undo_dump(inside, captured)
         if isinstance(error, _Failed):
@@ -131,6 +135,7 @@ def restore(
         main = next((task for task in tasks if task.inner_pid == main_pid), None)
         if main is None:
             raise _Failed("", f"{name} ended while it was brought back")
+        threads.disarm_restored(_read_record(images_fd) or Captured(), tasks)
     except BaseException as error:
         end_everybody(inside)
         if isinstance(error, _Failed):
@@ -150,8 +155,9 @@ def find_running_criu(program: Program, inside: Inside) -> list[int]:
 def end_running_criu(program: Program, inside: Inside, timeout_s: float = _END_S) -> None:
     """Kills CRIU in these namespaces and waits until it is gone.
 
-    At a moment, if one comes within 2 s, at which the processes it works on survive that (``threads.may_be_left``);
-    then ``recover_dump`` is due. Raises DeadlineExceeded when something of it is still there after ``timeout_s``.
+    At a moment, if one comes within 2 s, at which also processes that could not be armed survive that
+    (``threads.may_be_left``); then ``recover_dump`` is due. Raises DeadlineExceeded when something of it is still there
+    after ``timeout_s``.
     """
     patience = time.monotonic() + _PATIENCE_S
 
@@ -176,10 +182,8 @@ def recover_dump(program: Program, inside: Inside, images_fd: int) -> None:
     Where nothing of a dump is left nothing is done. Raises DeadlineExceeded like ``end_running_criu``.
     """
     end_running_criu(program, inside)
-    with contextlib.suppress(OSError):
-        fd = os.open(_RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=images_fd)
-        with os.fdopen(fd, "rb") as file:
-            undo_dump(inside, threads.decode(file.read()))
+    if (captured := _read_record(images_fd)) is not None:
+        undo_dump(inside, captured)
 
 
 def undo_dump(inside: Inside, captured: Captured) -> None:
@@ -299,6 +303,15 @@ def _write_record(images_fd: int, captured: Captured) -> None:
     with os.fdopen(fd, "wb") as file:
         file.write(threads.encode(captured))
     os.rename(f"{_RECORD}.part", _RECORD, src_dir_fd=images_fd, dst_dir_fd=images_fd)
+
+
+def _read_record(images_fd: int) -> Captured | None:
+    """None where there is none."""
+    with contextlib.suppress(OSError):
+        fd = os.open(_RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=images_fd)
+        with os.fdopen(fd, "rb") as file:
+            return threads.decode(file.read())
+    return None
 
 
 # -- what it means --------------------------------------------------------------------------------

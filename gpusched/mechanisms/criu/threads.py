@@ -1,21 +1,26 @@
 """The state of threads before CRIU touches them, and putting it back when CRIU was killed in the middle.
 
 CRIU works through code that it puts into a process: for moments a thread has other registers, another signal mask and
-a few bytes of its program overwritten. If CRIU is killed then, the kernel lets the thread go as it is, and it
-dies of the trap behind that code (seen in 3 of 168 kills). So every process is stopped by SIGSTOP before: what was
-traced while it was stopped stays stopped when its tracer dies, and its state can be put back.
+a few bytes of its program overwritten. If CRIU is killed then, the kernel lets the thread go as it is: with the trap
+(SIGTRAP) at the end of that code, if CRIU has not seen it yet, which ends the whole process. Two things prevent that:
 
-Covers: stopping, capturing, putting back. Blocking, for a millisecond a thread; root only. All calls of one function
-must come from one thread, since the kernel binds tracees to it.
+1. Every process is stopped by SIGSTOP before. What was traced while it was stopped stops when its tracer dies.
+2. SIGTRAP gets a handler meanwhile (``arm``). The kernel then prepares a call of it, which changes the stack and the
+   registers, stops the thread before its first instruction, and everything can be put back.
+
+So the image has that handler too: whoever brings it back calls ``disarm``.
+
+Covers: stopping, capturing, arming, putting back. Blocking, for a millisecond a thread; root only. All calls of one
+function must come from one thread, since the kernel binds tracees to it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import mmap
 import os
-import platform
 import signal
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,51 +30,47 @@ import msgspec
 
 from gpusched import errors
 from gpusched.mechanisms import proc
+from gpusched.mechanisms.criu import tracing
 from gpusched.mechanisms.criu.inside import Inside, Task, send
 
-_SEIZE, _DETACH = 0x4206, 17
-_GETREGSET, _SETREGSET, _GETSIGMASK, _SETSIGMASK = 0x4204, 0x4205, 0x420A, 0x420B
-_POKEUSER: Final = 6
-_PRSTATUS, _FPREGS, _X86_XSTATE = 1, 2, 0x202
-_IS_X86: Final = platform.machine() == "x86_64"
-#: struct user of x86-64: where its debug registers begin.
-_DEBUG_REGISTERS: Final = 848
 #: recvfrom and recvmsg, as CRIU's code waits for orders; and the name of the memory that it is in.
-_RECEIVE: Final = frozenset({"45", "47"} if _IS_X86 else {"207", "212"})
+_RECEIVE: Final = frozenset({"45", "47"} if tracing.IS_X86 else {"207", "212"})
 _PARASITE: Final = b"/memfd:CRIUMFD"
-_WALL: Final = 0x40000000
-_MAX_REGSET: Final = 16384
 #: CRIU writes at most so much there.
 _CODE_BYTES: Final = 64
-#: Every signal but KILL and STOP, as CRIU blocks them.
-_ALL_BLOCKED: Final = (0xFFFF_FFFF_FFFF_FFFF & ~(1 << 8) & ~(1 << 18)).to_bytes(8, "little")
-_WAIT_S: Final = 5.0
+#: Every signal but KILL and STOP, as CRIU blocks them; TRAP may be missing.
+_ALL_BLOCKED: Final = 0xFFFF_FFFF_FFFF_FFFF & ~(1 << 8) & ~(1 << 18)
+_TRAP_BIT: Final = 1 << (signal.SIGTRAP - 1)
+_SA_RESTORER: Final = 0x04000000
+_IGNORED: Final = struct.pack("<QQQQ", signal.SIG_IGN, 0, 0, 0)
 _STOP_S: Final = 5.0
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-_libc.ptrace.restype = ctypes.c_long
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+_SETTLE_S: Final = 2.0
 
 
 class ThreadState(msgspec.Struct, frozen=True, kw_only=True):
+    """``below`` is what lies below its stack pointer, as far as the call of a handler reaches."""
+
     tid: int
     registers: bytes
     extended: bytes
     signal_mask: bytes
+    below: bytes = b""
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
-    """``code`` is what is at ``site``, the beginning of its first program part, where CRIU puts its own for moments."""
+    """``code`` is what is at ``site``, the beginning of its first program part, where CRIU puts its own for moments.
+
+    ``trap`` is what SIGTRAP does, as the kernel has it; empty where it stays as it is.
+    """
 
     pid: int
+    inner_pid: int = 0
     start_ticks: int
     was_stopped: bool
     threads: tuple[ThreadState, ...] = ()
     site: int = 0
     code: bytes = b""
+    trap: bytes = b""
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,30 +139,106 @@ def _stop_all(inside: Inside) -> list[Task]:
 
 def _capture(task: Task, was_stopped: bool) -> ProcessState:
     try:
-        with _seized(task.pid) as tids:
-            threads = tuple(
-                ThreadState(
-                    tid=tid,
-                    registers=_get_set(tid, _PRSTATUS),
-                    extended=_get_set(tid, _X86_XSTATE if _IS_X86 else _FPREGS),
-                    signal_mask=_signal_mask(tid),
-                )
-                for tid in tids
-            )
+        with tracing.seized(task.pid) as held:
+            threads = tuple(_thread_state(tid) for tid in held.tids)
             site = _site(task.pid)
-            code = _read_memory(task.pid, site)
+            code = tracing.read_memory(task.pid, site, _CODE_BYTES)
     except OSError as error:
         raise errors.CriuError(
             f"process {task.pid} cannot be examined before it is saved: {error}"
         ) from error
     return ProcessState(
         pid=task.pid,
+        inner_pid=task.inner_pid,
         start_ticks=task.start_ticks,
         was_stopped=was_stopped,
         threads=threads,
         site=site,
         code=code,
     )
+
+
+def _thread_state(tid: int) -> ThreadState:
+    registers = tracing.registers(tid)
+    return ThreadState(
+        tid=tid,
+        registers=registers,
+        extended=tracing.extended(tid),
+        signal_mask=tracing.signal_mask(tid),
+        below=_below(tid, tracing.stack_pointer(registers)),
+    )
+
+
+def _below(tid: int, pointer: int) -> bytes:
+    """What the kernel may write when it prepares the call of a handler; empty where nothing is there yet."""
+    size = os.sysconf("SC_MINSIGSTKSZ") + tracing.RED_ZONE_BYTES + mmap.PAGESIZE
+    begin = max(0, pointer - size)
+    while begin < pointer:
+        with contextlib.suppress(OSError, OverflowError):
+            found = tracing.read_memory(tid, begin, pointer - begin)
+            if len(found) == pointer - begin:
+                return found
+        begin = (begin // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    return b""
+
+
+# -- the trap -------------------------------------------------------------------------------------
+
+
+def ask_traps(captured: Captured) -> Captured:
+    """The same, with what SIGTRAP does. ``captured`` must be on record: here threads make calls for us already."""
+    return Captured(
+        processes=tuple(
+            msgspec.structs.replace(one, trap=_trap_of(one)) for one in captured.processes
+        )
+    )
+
+
+def _trap_of(process: ProcessState) -> bytes:
+    """Empty where it cannot be asked: such a process takes its chance."""
+    if process.site and _is_there(process):
+        with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            if held.may_call:
+                return tracing.action(held.tids[0], signal.SIGTRAP)
+    return b""
+
+
+def arm(captured: Captured) -> None:
+    """Gives SIGTRAP a handler in every process. It never runs: its address is that of CRIU's own code."""
+    for process in captured.processes:
+        if process.trap and _is_there(process):
+            site = process.site
+            handler = struct.pack("<QQQQ", site, _SA_RESTORER, site, 2**64 - 1)
+            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+                tracing.action(held.tids[0], signal.SIGTRAP, handler)
+
+
+def disarm(captured: Captured) -> None:
+    """What SIGTRAP did before ``arm`` it does again; for processes whose dump succeeded. No CRIU may be left."""
+    for process in captured.processes:
+        if process.trap and _is_there(process):
+            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+                tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
+
+
+def disarm_restored(captured: Captured, tasks: Iterable[Task]) -> None:
+    """The same for processes that came back from the image of ``captured``, stopped. Raises CriuError."""
+    traps = {one.inner_pid: one.trap for one in captured.processes if one.trap}
+    for task in tasks:
+        if trap := traps.get(task.inner_pid):
+            try:
+                with tracing.seized(task.pid) as held:
+                    tracing.action(held.tids[0], signal.SIGTRAP, trap)
+            except OSError as error:
+                raise errors.CriuError(
+                    f"process {task.pid} cannot be examined after it came back: {error}"
+                ) from error
+
+
+def _is_there(process: ProcessState) -> bool:
+    """And stopped."""
+    found = proc.read_stat(process.pid)
+    return found is not None and found.start_ticks == process.start_ticks and found.state == "T"
 
 
 # -- after ----------------------------------------------------------------------------------------
@@ -174,17 +251,37 @@ def put_back(captured: Captured) -> None:
     on a little way before the kernel stopped it, and would be set back in time. A process that has ended, or that
     somebody let go on meanwhile, is passed over.
     """
+    _settle(captured)
     for process in captured.processes:
-        found = proc.read_stat(process.pid)
-        if found is not None and found.start_ticks == process.start_ticks and found.state == "T":
-            cures = _cures_itself(
-                process.pid
-            )  # asked before it is seized, which changes the answer
-            with contextlib.suppress(OSError), _seized(process.pid) as tids:
-                _write_code(process)
+        if _is_there(process):
+            # Asked before it is seized, which changes the answer.
+            cures = _cures_itself(process.pid)
+            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+                tracing.write_memory(process.pid, process.site, process.code)
                 for thread in process.threads:
-                    if thread.tid in tids and not (cures and thread.tid == process.pid):
-                        _put_thread_back(process, thread)
+                    if thread.tid in held.tids:
+                        tracing.clear_breakpoints(thread.tid)  # one of CRIU's outlives it
+                        if not (cures and thread.tid == process.pid):
+                            _put_thread_back(process, thread)
+                if process.trap:  # one that is pending is dropped where it is ignored
+                    tracing.action(held.tids[0], signal.SIGTRAP, _IGNORED)
+                    tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
+
+
+def _settle(captured: Captured) -> None:
+    """Waits until every thread has stopped: on a busy machine that takes a moment after its tracer has died.
+
+    Not longer than 2 s in all: somebody may have let a process go on.
+    """
+    deadline = time.monotonic() + _SETTLE_S
+    for process in captured.processes:
+        while process.threads and time.monotonic() < deadline:
+            found = proc.read_stat(process.pid)
+            if found is None or found.start_ticks != process.start_ticks:
+                break
+            if all(where.state in "TZX" for where in _threads_of(process.pid)):
+                break
+            time.sleep(0.0005)
 
 
 def go_on(inside: Inside, captured: Captured) -> None:
@@ -198,23 +295,26 @@ def go_on(inside: Inside, captured: Captured) -> None:
 
 
 def _put_thread_back(process: ProcessState, thread: ThreadState) -> None:
-    address = _instruction(_get_set(thread.tid, _PRSTATUS))
-    if _is_at(process.site, address) or _is_in_parasite(process.pid, address):
-        _set(thread.tid, _X86_XSTATE if _IS_X86 else _FPREGS, thread.extended)
-        _set(thread.tid, _PRSTATUS, thread.registers)
-    if _signal_mask(thread.tid) == _ALL_BLOCKED:
-        mask = ctypes.create_string_buffer(thread.signal_mask, 8)
-        _ptrace(_SETSIGMASK, thread.tid, 8, ctypes.addressof(mask))
-    if _IS_X86:  # a breakpoint of CRIU's outlives it; control first
-        for number in (7, 0, 1, 2, 3):
-            _ptrace(_POKEUSER, thread.tid, _DEBUG_REGISTERS + 8 * number, 0)
+    address = tracing.instruction(tracing.registers(thread.tid))
+    is_in_call = tracing.is_in_call(process.pid, address)  # of ours
+    mask = int.from_bytes(tracing.signal_mask(thread.tid), "little")
+    is_in_code = (
+        is_in_call or _is_at(process.site, address) or _is_in_parasite(process.pid, address)
+    )
+    if is_in_code:
+        tracing.set_extended(thread.tid, thread.extended)
+        tracing.set_registers(thread.tid, thread.registers)
+        below = tracing.stack_pointer(thread.registers) - len(thread.below)
+        tracing.write_memory(process.pid, below, thread.below)
+    if is_in_code or mask | _TRAP_BIT == _ALL_BLOCKED:
+        tracing.set_signal_mask(thread.tid, thread.signal_mask)
 
 
 # -- when CRIU may be killed ----------------------------------------------------------------------
 
 
 def may_be_left(tasks: Iterable[Task]) -> bool:
-    """Whether these processes survive it when CRIU, which must be halted, is killed now.
+    """Whether these processes survive it when CRIU, which must be halted, is killed now, even if they are not armed.
 
     Not where one executes what CRIU put into it, or has just run into the trap at its end: the kernel delivers that
     trap when the tracer dies, and nobody can take it back.
@@ -260,103 +360,21 @@ def _threads_of(pid: int) -> Iterator[_Where]:
 
 
 def _is_in_parasite(pid: int, address: int) -> bool:
-    for line in _maps(pid):
+    for line in tracing.maps(pid):
         if _PARASITE in line:
-            begin, end = (int(part, 16) for part in line.split(None, 1)[0].split(b"-"))
+            begin, end = tracing.address_range(line)
             if begin <= address < end:
                 return True
     return False
 
 
-def _maps(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/maps").read_bytes().splitlines()
-    except OSError:
-        return []
-
-
-# -- the kernel's calls ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _seized(pid: int) -> Iterator[list[int]]:
-    """All threads of a stopped process, traced and at rest; afterwards it is stopped as before. Raises OSError."""
-    tids: list[int] = []
-    try:
-        for name in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-            _ptrace(_SEIZE, int(name), 0, 0)
-            tids.append(int(name))
-            _wait(int(name))
-        yield tids
-    finally:
-        for tid in tids:
-            with contextlib.suppress(OSError):
-                _ptrace(_DETACH, tid, 0, 0)
-
-
-def _wait(tid: int) -> None:
-    deadline = time.monotonic() + _WAIT_S
-    while os.waitpid(tid, os.WNOHANG | _WALL)[0] == 0:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"thread {tid} does not come to rest")
-        time.sleep(0.0002)
-
-
-def _ptrace(request: int, tid: int, address: int, value: int) -> None:
-    if _libc.ptrace(request, tid, address, value) == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, f"ptrace {request:#x} of {tid}: {os.strerror(number)}")
-
-
-def _get_set(tid: int, kind: int) -> bytes:
-    buffer = ctypes.create_string_buffer(_MAX_REGSET)
-    vector = _IoVec(ctypes.addressof(buffer), _MAX_REGSET)
-    _ptrace(_GETREGSET, tid, kind, ctypes.addressof(vector))
-    return buffer.raw[: vector.length]
-
-
-def _set(tid: int, kind: int, content: bytes) -> None:
-    buffer = ctypes.create_string_buffer(content, len(content))
-    vector = _IoVec(ctypes.addressof(buffer), len(content))
-    _ptrace(_SETREGSET, tid, kind, ctypes.addressof(vector))
-
-
-def _signal_mask(tid: int) -> bytes:
-    mask = ctypes.create_string_buffer(8)
-    _ptrace(_GETSIGMASK, tid, 8, ctypes.addressof(mask))
-    return mask.raw
-
-
-# -- code -----------------------------------------------------------------------------------------
-
-
 def _site(pid: int) -> int:
     """Where CRIU puts its first code: the beginning of the first executable mapping."""
-    for line in _maps(pid):
+    for line in tracing.maps(pid):
         if line.split(None, 2)[1][2:3] == b"x":
-            return int(line.split(b"-", 1)[0], 16)
+            return tracing.address_range(line)[0]
     return 0
 
 
 def _is_at(site: int, address: int) -> bool:
     return site <= address < site + _CODE_BYTES
-
-
-def _instruction(registers: bytes) -> int:
-    """The program counter in NT_PRSTATUS."""
-    offset = 16 * 8 if _IS_X86 else 32 * 8
-    return int.from_bytes(registers[offset : offset + 8], "little")
-
-
-def _read_memory(pid: int, address: int) -> bytes:
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        memory.seek(address)
-        return memory.read(_CODE_BYTES)
-
-
-def _write_code(process: ProcessState) -> None:
-    """Only where it differs: a page that is written to is no longer shared with the file."""
-    if process.code and _read_memory(process.pid, process.site) != process.code:
-        with Path(f"/proc/{process.pid}/mem").open("r+b", buffering=0) as memory:
-            memory.seek(process.site)
-            memory.write(process.code)

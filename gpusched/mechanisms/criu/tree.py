@@ -34,9 +34,13 @@ _SHM_PART = "shm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A tree in a draft: how long CRIU took, what the tree relies on beside the image, and for ``run.undo_dump``."""
+    """A tree in a draft: how long CRIU took, what the tree relies on beside the image, and for ``run.undo_dump``.
+
+    ``by_turns``: two restores of the image at the same time would be in each other's way.
+    """
 
     dump_s: float
+    by_turns: bool
     used: tuple[UsedFile, ...]
     unnamed: tuple[int, ...]
     captured: Captured
@@ -68,11 +72,18 @@ def save(
             draft.save_directory(_SHM_PART, shm)
         tasks = inside.tasks()
         unnamed = opened.unnamed_files(tasks)
+        by_turns = opened.has_fixed_names(inside, tasks)
         used = kept.keep(draft, inside, system.used_files(inside, tasks))
     except BaseException:
         run.undo_dump(inside, done.captured)
         raise
-    return Saved(dump_s=done.duration_s, used=used, unnamed=unnamed, captured=done.captured)
+    return Saved(
+        dump_s=done.duration_s,
+        by_turns=by_turns,
+        used=used,
+        unnamed=unnamed,
+        captured=done.captured,
+    )
 
 
 def recover(program: Program, inside: Inside, store: ImageStore, image_id: str) -> None:
@@ -113,26 +124,24 @@ def bring_back(
     inherited: Mapping[str, int] | None = None,
     own: Collection[tuple[int, int]] = (),
     main_pid: int = MAIN_PID,
+    keep_cached: bool = False,
 ) -> Restored:
     """Brings a tree back into fresh namespaces, verified and stopped; ``run.resume`` lets it go on.
 
-    ``inherited``: as for ``run.restore``. ``own``: (device, inode) of what the caller has put there. Raises CriuError
+    ``inherited``: as for ``run.restore``. ``own``: (device, inode) of what the caller has put there. ``keep_cached``:
+    others read the image too (a fork), so it stays in the page cache. Raises CriuError
     (damaged, changed, or CRIU failed), DeadlineExceeded, Unavailable: then nothing of it runs or is left in the
     namespaces, and the image is as it was.
     """
     given = dict(inherited or {})
     seen = system.look(inside, (file.path for file in image.manifest.used))
     stamps = {path: one.stamp if one else None for path, one in seen.items()}
-    changed = manifest.compare(image.manifest, now, stamps, given)
-    if blocking := [one.message for one in changed if one.blocks]:
-        raise errors.CriuError(
-            f"{name} cannot come back: {'; '.join(blocking)}", {"changes": blocking}
-        )
+    _require_unchanged(name, manifest.compare(image.manifest, now, stamps, given))
     try:
         with (
             kept.covering(image, inside, seen) as covered,
             _criu_directory(image) as images,
-            image.verifying(lambda: _resident_bytes(inside)),
+            image.verifying(None if keep_cached else lambda: _resident_bytes(inside)),
         ):
             with _directory(inside, SHM) as shm:
                 image.restore_directory(_SHM_PART, shm)
@@ -152,6 +161,13 @@ def bring_back(
         run.end_everybody(inside)
         raise
     return back
+
+
+def _require_unchanged(name: str, changed: Collection[Difference]) -> None:
+    if blocking := [one.message for one in changed if one.blocks]:
+        raise errors.CriuError(
+            f"{name} cannot come back: {'; '.join(blocking)}", {"changes": blocking}
+        )
 
 
 def _resident_bytes(inside: Inside) -> int:
