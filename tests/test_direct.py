@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -335,6 +336,36 @@ def test_memory_that_somebody_else_took_is_refused_and_tried_again(
         limit.unlink()
         bench.thaw(program.pid)
         program.runs_on()
+
+
+def test_a_process_that_cannot_be_reached_is_not_left_to_the_driver_alone(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is parked: with the context alone back it would read what is not there."""
+    bench.freeze(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr("gpusched.mechanisms.cuda.target._VERSION", 2)
+        with pytest.raises(errors.DriverError, match="another library"):
+            bench.direct.restore(program.pid, None)
+        assert bench.driver.states([program.pid])[program.pid] == DriverState.CHECKPOINTED
+    with monkeypatch.context() as patched:
+        patched.setattr("gpusched.mechanisms.cuda.target._getfd", out_of_descriptors)
+        with pytest.raises(errors.DriverError, match="cannot be looked into"):
+            bench.direct.restore(program.pid, None)
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def out_of_descriptors(_pidfd: int, _number: int) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_to_another_gpu_the_process_goes_by_itself(bench: Bench, program: Program) -> None:
+    bench.freeze(program.pid)
+    bench.direct.restore(program.pid, {"GPU-a": "GPU-b"})
+    bench.direct.unlock(program.pid)
+    assert bench.direct.last(program.pid).path == "own"
+    program.runs_on()
 
 
 # -- strangers ------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ CUresult memory_create(struct memory *memory) {
         .handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
         .location = {CU_MEM_LOCATION_TYPE_DEVICE, memory->device},
     };
+    driver.cuDeviceGetUuid(memory->gpu, memory->device); /* another one after a migration */
     return driver.cuMemCreate(&memory->handle, memory->size, &properties, 0);
 }
 
@@ -150,8 +151,7 @@ static bool is_possible(CUdevice device) {
 static bool make(struct memory *memory, size_t size) {
     *memory = (struct memory){.size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY, .fd = -1};
     if (memory->size < size || driver.cuCtxGetCurrent(&memory->context) != CUDA_SUCCESS || memory->context == NULL ||
-        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !is_possible(memory->device) ||
-        driver.cuDeviceGetUuid(memory->gpu, memory->device) != CUDA_SUCCESS)
+        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !is_possible(memory->device))
         return false;
     if (memory_create(memory) != CUDA_SUCCESS)
         return false;

@@ -106,7 +106,7 @@ class DirectDriver:
 
     def lock(self, pid: int, timeout_s: float) -> None:
         begun = time.monotonic()
-        with _find(pid) as target:
+        with contextlib.suppress(errors.DriverError), _find(pid) as target:
             try:
                 if target is not None and target.pieces():
                     target.close_gate(min(_GATE_S, timeout_s))
@@ -200,5 +200,8 @@ def _find(pid: int) -> Iterator[Target | None]:
 
 
 def _phase(pid: int) -> Phase | None:
-    with _find(pid) as target:
-        return target.phase if target is not None else None
+    try:
+        with _find(pid) as target:
+            return target.phase if target is not None else None
+    except errors.DriverError:
+        return None

@@ -74,7 +74,9 @@ class Passage:
                 with phases.time("prepare"):
                     movers = self._begin_jobs(jobs, snapshot, snapshot.by_gpu())
                 with phases.time("export"):
-                    _hand_over(target.export(), snapshot.by_gpu(), movers)
+                    # With the context's checkpoint to come, mapping goes first, which is slow beside a copy; without,
+                    # the copy begins with the first pieces.
+                    _hand_over(target.export(), snapshot.by_gpu(), movers, and_go=not deep)
                     _go(movers, out=True)
                 if not deep:
                     self._finish_copy(snapshot, movers, phases)
@@ -113,33 +115,32 @@ class Passage:
         Where the mover fails, or has no room beside the process, the process copies for itself.
         """
         snapshot = self._pool.find(target.pid, start_ticks(target.pid))
-        if snapshot is not None and not snapshot.absorbed:
+        # To another GPU it goes by itself: which one its memory is on then, it alone can say.
+        if snapshot is not None and not snapshot.absorbed and not gpu_map:
             try:
-                self._bring_back_by_mover(target, snapshot, gpu_map, phases)
+                self._bring_back_by_mover(target, snapshot, phases)
             except (errors.GpuschedError, OSError, TimeoutError) as error:
                 log.warning("process %d copies for itself: %s", target.pid, error)
                 for gpu in snapshot.by_gpu():
-                    self._movers.of(gpu_map.get(gpu, gpu)).end()
+                    self._movers.of(gpu).end()
             else:
                 self._pool.release(target.pid, snapshot.start_ticks)
                 return
         self.absorb(target)
         self._bring_back_alone(target, gpu_map, phases)
 
-    def _bring_back_by_mover(
-        self, target: Target, snapshot: Snapshot, gpu_map: Mapping[str, str], phases: Phases
-    ) -> None:
+    def _bring_back_by_mover(self, target: Target, snapshot: Snapshot, phases: Phases) -> None:
         phases.path = "direct"
         if not snapshot.complete:
             self._take_rest(target, snapshot)
-        places = {gpu_map.get(gpu, gpu): found for gpu, found in snapshot.by_gpu().items()}
+        places = snapshot.by_gpu()
         with contextlib.ExitStack() as jobs:
             with phases.time("prepare"):
                 movers = self._begin_jobs(jobs, snapshot, places)
                 for gpu, mover in movers.items():
                     mover.stage(list(places[gpu].values()))
             with phases.time("context"):
-                self._restore_context(target.pid, gpu_map)
+                self._restore_context(target.pid, {})
             with phases.time("create"):
                 try:
                     _hand_over(target.create(), places, movers)
@@ -225,8 +226,10 @@ def _hand_over(
     batches: Iterator[tuple[list[Piece], list[int]]],
     by_gpu: Mapping[str, Mapping[int, list[Slice]]],
     movers: Mapping[str, Mover],
+    *,
+    and_go: bool = False,
 ) -> None:
-    """Gives each mover the memory that is on its GPU, while the process hands it out."""
+    """Gives each mover the memory that is on its GPU, while the process hands it out; ``and_go``: to copy at once."""
     left = {place for places in by_gpu.values() for place in places}
     for pieces, fds in batches:
         try:
@@ -237,6 +240,8 @@ def _hand_over(
                 mine = [(p, fd) for p, fd in zip(pieces, fds, strict=True) if p.place in places]
                 if mine:
                     movers[gpu].take([places[p.place] for p, _ in mine], [fd for _, fd in mine])
+                    if and_go:
+                        movers[gpu].go(out=True)
         finally:
             _close(fds)
     if left:

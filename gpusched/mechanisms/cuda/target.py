@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import mmap
 import os
@@ -41,6 +42,8 @@ _BATCH: Final = 64
 _MOST_PLACES: Final = 1 << 22
 _MOST_BYTES: Final = 4096 * GIB
 _LEAST_BYTES_S: Final = 200e6
+#: Gone, or another user's.
+_NOT_OURS: Final = {errno.ENOENT, errno.ESRCH, errno.EPERM, errno.EACCES}
 #: For an answer that needs nothing of the driver.
 _LOOK_S: Final = 5.0
 _GRANULARITY: Final = 2 << 20
@@ -104,33 +107,49 @@ class Target:
 
     @classmethod
     def find(cls, pid: int) -> Self | None:
-        """None where the process has no such library, is gone, or may not be touched by us."""
-        number = _page_number(pid)
-        if number is None:
-            return None
+        """None where the process has no such library, is gone, or is none of ours.
+
+        Raises DriverError where it has one and cannot be talked to: its memory may be parked, and then the driver
+        alone must not be asked to go on with it.
+        """
         try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return None
-        try:
-            page_fd = _getfd(pidfd, number)
-            try:
-                if os.fstat(page_fd).st_size < _PAGE.size:
-                    return None
-                page = mmap.mmap(page_fd, _PAGE.size, mmap.MAP_SHARED)
-            finally:
-                os.close(page_fd)
-            magic, version, daemon_end, *_ = _PAGE.unpack_from(page)
-            if (magic, version) != (_MAGIC, _VERSION):
+            number = _page_number(pid)
+            if number is None:
                 return None
-            channel = socket.socket(fileno=_getfd(pidfd, daemon_end))
-        except (OSError, ValueError):
-            return None
+            pidfd = os.pidfd_open(pid)
+            try:
+                return cls._open(pid, pidfd, number)
+            finally:
+                os.close(pidfd)
+        except OSError as error:
+            if error.errno in _NOT_OURS:
+                return None
+            raise errors.DriverError(
+                f"process {pid} cannot be looked into: {error.strerror}", {"pid": pid}
+            ) from error
+
+    @classmethod
+    def _open(cls, pid: int, pidfd: int, number: int) -> Self | None:
+        page_fd = _getfd(pidfd, number)
+        try:
+            if os.fstat(page_fd).st_size < _PAGE.size:
+                return None
+            page = mmap.mmap(page_fd, _PAGE.size, mmap.MAP_SHARED)
         finally:
-            os.close(pidfd)
+            os.close(page_fd)
+        magic, version, daemon_end, *_ = _PAGE.unpack_from(page)
+        if magic != _MAGIC:
+            return None  # not yet begun, or something else of that name
+        if version != _VERSION:
+            raise errors.DriverError(
+                f"process {pid} was started by a gpusched with another library (version {version}, not "
+                f"{_VERSION}); thaw it with that one",
+                {"pid": pid},
+            )
+        channel = socket.socket(fileno=_getfd(pidfd, daemon_end))
         if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             channel.close()
-            return None
+            raise errors.DriverError(f"process {pid} has closed what it is asked by", {"pid": pid})
         return cls(pid, channel, page)
 
     def __enter__(self) -> Self:
@@ -281,12 +300,9 @@ class Target:
 
 
 def _page_number(pid: int) -> int | None:
-    """The descriptor of the page: of high numbers first, since that is where it is put."""
+    """The descriptor of the page: of high numbers first, since that is where it is put. Raises OSError."""
     directory = Path(f"/proc/{pid}/fd")
-    try:
-        numbers = sorted((int(link.name) for link in directory.iterdir()), reverse=True)
-    except OSError:
-        return None
+    numbers = sorted((int(link.name) for link in directory.iterdir()), reverse=True)
     for number in numbers:
         with contextlib.suppress(OSError):
             if str((directory / str(number)).readlink()).startswith(_PAGE_LINK):
