@@ -18,7 +18,8 @@ from pathlib import Path
 
 import report_plots
 from report_data import load
-from report_tables import BLOCKS, Page
+from report_format import Page
+from report_tables import BLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^(<!-- report: (\w+) -->\n)(.*?)^(<!-- /report -->)$", re.M | re.S)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from report_data import WAYS, Device, devices, sizes_of, ways_of
-from report_tables import Page, plot_name, seconds
+from report_format import Page, seconds
+from report_tables import plot_name
 
 # Okabe and Ito's colours: told apart by colour-blind people, and in grey.
 OFF, BACK = "#0072B2", "#E69F00"

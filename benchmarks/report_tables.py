@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from report_data import (
     FREES_NOTHING,
     WAYS,
     Device,
-    Result,
     Start,
     devices,
     in_order,
@@ -23,69 +19,8 @@ from report_data import (
     sizes_of,
     ways_of,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Where a block stands, for the links in it, and the results that it may use."""
-
-    directory: Path
-    plots: Path
-    results: Sequence[Result]
-
-    def link(self, path: Path) -> str:
-        return f"[{path.name}]({os.path.relpath(path, self.directory)})"
-
-    def links(self, paths: Iterable[Path]) -> str:
-        return ", ".join(self.link(path) for path in sorted(set(paths)))
-
-    def picture(self, name: str, text: str) -> str:
-        return f"![{text}]({os.path.relpath(self.plots / name, self.directory)})"
-
-
-# -- figures --------------------------------------------------------------------------------------
-
-
-def seconds(milliseconds: float) -> str:
-    """Three figures where there are so many."""
-    value = milliseconds / 1000
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def median(values: Sequence[float]) -> str:
-    return seconds(statistics.median(values))
-
-
-def spread(values: Sequence[float]) -> str:
-    """The median, and minimum and maximum where there are several."""
-    if len(values) == 1:
-        return median(values)
-    return f"{median(values)} ({seconds(min(values))}-{seconds(max(values))})"
-
-
-def milliseconds(values: Sequence[float]) -> str:
-    middle = f"{statistics.median(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f}-{max(values):.1f})"
-
-
-def rate(gigabytes: float, values_ms: Sequence[float]) -> str:
-    """Decimal GB a second."""
-    found = gigabytes / statistics.median(values_ms) * 1000
-    return f"{found:.0f}" if found >= 10 else f"{found:.1f}"
-
-
-def counts(runs: Iterable[int]) -> str:
-    """As in "3 runs", "1 run", "1 to 6 runs"."""
-    least, most = min(found := list(runs)), max(found)
-    many = f"{most} run{'s' if most > 1 else ''}"
-    return many if least == most else f"{least} to {many}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is words, the others are figures."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
+from report_format import Page, counts, host, median, milliseconds, rate, seconds, spread, table
+from report_line_rate import line_rate, preload_cost
 
 # -- GPUs -----------------------------------------------------------------------------------------
 
@@ -253,12 +188,6 @@ def plot_name(kind: str, device: Device) -> str:
 # -- no GPU ---------------------------------------------------------------------------------------
 
 
-def host(machine: Any) -> str:
-    gpus = [gpu["name"] for gpu in machine["gpus"]]
-    where = f" and {len(gpus)} {gpus[0]}" if gpus else ""
-    return f"a machine with {machine['cores']} cores, {machine['ram_gib']:.0f} GiB of RAM{where}"
-
-
 def control_plane(page: Page) -> str:
     """What gpusched itself costs, in two sentences."""
     found = newest(of(page.results, "control_plane"), "results")
@@ -367,5 +296,7 @@ BLOCKS: dict[str, Callable[[Page], str]] = {
     "control_plane": control_plane,
     "control_plane_full": control_plane_full,
     "hibernate": hibernate,
+    "line_rate": line_rate,
+    "preload_cost": preload_cost,
     "soak": soak,
 }

@@ -30,7 +30,7 @@ def build(directory: Path) -> None:
     """libcuda.so.1 and libdirect.so. Raises CalledProcessError."""
     for target, sources, more in (
         ("libcuda.so.1", [SOURCES / "libcuda.c"], ["-Wl,-soname,libcuda.so.1"]),
-        ("libdirect.so", sorted(NATIVE.glob("*.c")), ["-Wshadow"]),
+        ("libdirect.so", sorted(NATIVE.glob("*.c")), ["-Wshadow", "-mgeneral-regs-only"]),
     ):
         command = [str(compiler()), "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
         command += ["-fPIC", "-shared", "-fvisibility=hidden", *more]
@@ -107,13 +107,20 @@ class StandinDriver:
 class Program:
     """``standin/program.py`` under the preloaded library. Use it as a context."""
 
-    def __init__(self, standin: Path, log: Path, *arguments: object, **env: str) -> None:
+    def __init__(
+        self,
+        standin: Path,
+        log: Path,
+        *arguments: object,
+        command: Sequence[str] = (),
+        **env: str,
+    ) -> None:
         self.log = log
         preload = {"LD_PRELOAD": str(standin / "libdirect.so")}
-        command = [sys.executable, str(SOURCES / "program.py"), *map(str, arguments)]
+        own = [sys.executable, str(SOURCES / "program.py"), *map(str, arguments)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                command,
+                command or own,
                 stdout=out,
                 stderr=out,
                 env=os.environ | preload | env,

@@ -451,6 +451,50 @@ def test_rtld_next_means_what_it_meant(standin: Path, tmp_path: Path) -> None:
     assert ended.stdout.strip() == "11"
 
 
+LINKED = """
+#include <stdio.h>
+#include <unistd.h>
+#include <string.h>
+typedef unsigned long long Ptr;
+int cuInit(unsigned), cuDevicePrimaryCtxRetain(void **, int), cuCtxSetCurrent(void *), cuMemAlloc_v2(Ptr *, size_t);
+int cuMemsetD8_v2(Ptr, unsigned char, size_t), cuMemcpyDtoHAsync_v2(void *, Ptr, size_t, void *);
+int main(void) {
+    void *context; Ptr memory; static unsigned char here[1 << 16]; unsigned step = 0;
+    if (cuInit(0) || cuDevicePrimaryCtxRetain(&context, 0) || cuCtxSetCurrent(context))
+        return 1;
+    if (cuMemAlloc_v2(&memory, 4 << 20))
+        return 1;
+    for (;;) {
+        step++;
+        if (cuMemsetD8_v2(memory, (unsigned char)step, sizeof here))
+            return 2;
+        if (cuMemcpyDtoHAsync_v2(here, memory, sizeof here, 0))
+            return 2;
+        if (here[0] != (unsigned char)step || here[sizeof here - 1] != (unsigned char)step)
+            printf("WRONG at step %u\\n", step);
+        if (step % 100 == 0) printf("step %u\\n", step);
+        fflush(stdout);
+    }
+}
+"""
+
+
+def test_a_program_that_links_to_the_driver_is_held_and_moved_too(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "linked.c").write_text(LINKED)
+    command = [str(standin_cuda.compiler()), "-O2", "-o", str(tmp_path / "linked")]
+    command += [str(tmp_path / "linked.c"), str(standin / "libcuda.so.1")]
+    subprocess.run(command, check=True)
+    with Program(standin, tmp_path / "log", command=[str(tmp_path / "linked")]) as program:
+        for keep_context in (False, True, False):
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            program.stands_still()
+            bench.thaw(program.pid)
+            program.runs_on()
+
+
 def test_a_child_of_a_fork_has_none_of_it(standin: Path, tmp_path: Path) -> None:
     code = """
 import ctypes, os, sys, time

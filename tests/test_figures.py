@@ -21,7 +21,8 @@ import pytest
 import report
 from daemons import ROOT
 from report_data import load
-from report_tables import BLOCKS, Page
+from report_format import Page
+from report_tables import BLOCKS
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: A number with a unit that something was measured in.

@@ -27,7 +27,7 @@ enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64, HIGH_FD = 500 };
 enum phase { RUNNING, CLOSED, PARKED };
 enum operation { STATE, CLOSE, OPEN, LIST, EXPORT, HELD, PARK, DROP, CREATE, ATTACH };
 
-/* What the daemon can read at any moment, also of a stopped process. Of it the daemon writes `cancel` and `absorbed`. */
+/* What the daemon can read at any moment, also of a stopped process. It writes `cancel` and `absorbed`. */
 struct page {
     uint32_t magic, version;
     uint32_t daemon_end, own_end; /* descriptors */
@@ -148,8 +148,8 @@ static CUresult uncreate(struct memory *memory) {
     return CUDA_SUCCESS;
 }
 
-/* Room in our own memory, of which no page is there until somebody writes to it. What is here goes where we go: to disk,
- * and into copies. */
+/* Room in our own memory, of which no page is there until somebody writes to it. What is here goes where we go: to
+ * disk, and into copies. */
 static bool make_shelter(void) {
     void *made = mmap(NULL, table.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (made == MAP_FAILED)

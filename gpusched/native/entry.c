@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "direct.h"
+#include "names.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -19,6 +20,7 @@ typedef long (*function)(long, long, long, long, long, long, long, long, long, l
 enum { SLOTS = 1024 };
 static function real[SLOTS];
 
+/* Compiled without floating point registers, so that a float among the arguments of a function stays where it is. */
 /* No function of the driver has more than 12 arguments; what is passed beyond a function's own does no harm. */
 #define WRAPPER(n)                                                                                                     \
     static long wrapper_##n(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k,    \
@@ -231,6 +233,27 @@ PUBLIC void *dlsym(void *library, const char *name) {
         return dlsym_(library, name);
     return look_up(library, name);
 }
+
+/* -- linking ------------------------------------------------------------------------------------------------------- */
+
+/* Who links to libcuda finds these names here first, since this library comes before all others. */
+static function link_to(const char *name, _Atomic(function) *place) {
+    void *library = dlopen("libcuda.so.1", RTLD_LAZY);
+    function found = library == NULL ? NULL : (function)look_up(library, name);
+    atomic_store(place, found);
+    return found;
+}
+
+#define ENTRY(name)                                                                                                    \
+    PUBLIC long name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l);  \
+    PUBLIC long name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l) { \
+        static _Atomic(function) place;                                                                                \
+        function found = atomic_load_explicit(&place, memory_order_acquire);                                           \
+        if (!LIKELY(found) && (found = link_to(#name, &place)) == NULL)                                                \
+            return CUDA_ERROR_NOT_SUPPORTED;                                                                           \
+        return found(a, b, c, d, e, f, g, h, i, j, k, l);                                                              \
+    }
+ALL_ENTRIES
 
 /* -- fork ---------------------------------------------------------------------------------------------------------- */
 
