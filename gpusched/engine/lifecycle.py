@@ -147,7 +147,8 @@ class Lifecycle:
         }
         limits = self._core.limits
         given = {**limits.default_env, **(login if params.env is None else params.env)}
-        if limits.preload:
+        # With several GPUs, peer access and CUDA IPC are likely, and memory of that kind has neither by itself.
+        if limits.preload and len(gpus) == 1:
             given["LD_PRELOAD"] = ":".join(filter(None, (limits.preload, given.get("LD_PRELOAD"))))
         return {
             **given,

@@ -69,7 +69,8 @@ static CUresult init(unsigned flags) {
 
 static CUresult alloc(CUdeviceptr *address, size_t size) {
     struct thread *thread = gate_enter();
-    CUresult result = memory_alloc(address, size);
+    /* Within another call it is the driver that allocates, for itself. */
+    CUresult result = thread->depth > 1 ? driver.cuMemAlloc(address, size) : memory_alloc(address, size);
     gate_leave(thread);
     return result;
 }
