@@ -66,6 +66,7 @@ HOST = Host(
     cgroup="/sys/fs/cgroup",
     cgroup_writable=True,
     compiler="/usr/bin/cc",
+    library="/opt/gpusched/direct.abi3.so",
     clocksource="tsc",
     machine="SXM5",
     shm_bytes=64 * GIB,
@@ -123,7 +124,7 @@ def test_on_a_sound_machine_everything_is_ok() -> None:
     found = judged(HEALTHY)
     assert names(found, Status.OK) == set(found)
     assert "NVIDIA H100 80GB HBM3 80.0 GiB" in found["nvml"].found
-    assert len(found) == 23
+    assert len(found) == 24
 
 
 def test_a_machine_without_a_gpu_is_told_to_install_a_driver_or_simulate() -> None:
@@ -351,6 +352,7 @@ def test_host_ram_is_held_against_vram(
         ({"cgroup": None}, "cgroups", Status.WARN),
         ({"cgroup_writable": False}, "cgroups", Status.WARN),
         ({"compiler": None}, "compiler", Status.WARN),
+        ({"library": ""}, "library", Status.WARN),
         ({"clocksource": "hpet"}, "clock", Status.WARN),
         ({"clocksource": "kvm-clock"}, "clock", Status.OK),
         ({"container": "podman"}, "container", Status.OK),

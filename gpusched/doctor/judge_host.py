@@ -40,6 +40,7 @@ def judge(host: Host, vram_bytes: int, largest_bytes: int) -> list[Finding]:
         _ptrace_scope(host),
         _cgroups(host),
         _compiler(host),
+        _library(host),
         _clock(host),
         _container(host),
         _shm(host),
@@ -182,6 +183,16 @@ def _compiler(host: Host) -> Finding:
         "compiler",
         "no C compiler: native parts are left out of an installation",
         "sudo apt-get install gcc libc6-dev (or: sudo dnf install gcc glibc-devel)",
+    )
+
+
+def _library(host: Host) -> Finding:
+    if host.library:
+        return ok("library", host.library)
+    return warn(
+        "library",
+        "VRAM moves by the driver's own copy, several times slower: the library that goes past it was not built",
+        "install a C compiler, then gpusched once more",
     )
 
 

@@ -15,6 +15,7 @@ from gpusched.client import GpuSched
 from gpusched.doctor.readings import Daemon, Directory, Disk, Host, Subject
 from gpusched.errors import GpuschedError
 from gpusched.mechanisms import cgroups
+from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.host import ProcHost
 
 DAEMON_TIMEOUT_S: Final = 3.0
@@ -44,6 +45,7 @@ def read() -> Host:
         cgroup=str(group.parent) if group else None,
         cgroup_writable=group is not None and os.access(group.parent, os.W_OK),
         compiler=next((path for name in _COMPILERS if (path := shutil.which(name))), None),
+        library=pool_home.library(),
         clocksource=_text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         container=_container(),
         machine=_text("/sys/class/dmi/id/product_name") or _text("/sys/hypervisor/type"),

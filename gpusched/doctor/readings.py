@@ -74,6 +74,7 @@ class Host:
     cgroup: str | None = None  # our own version 2 group; None: there is none
     cgroup_writable: bool = False
     compiler: str | None = None
+    library: str = ""
     clocksource: str | None = None
     container: str | None = None  # docker, podman, ...; None: not in one
     machine: str | None = None  # what the hypervisor or the board says; None: unknown

@@ -42,8 +42,8 @@ _BATCH: Final = 64
 _MOST_PLACES: Final = 1 << 22
 _MOST_BYTES: Final = 4096 * GIB
 _LEAST_BYTES_S: Final = 200e6
-#: Gone, or another user's.
-_NOT_OURS: Final = {errno.ENOENT, errno.ESRCH, errno.EPERM, errno.EACCES}
+#: Gone, or another user's, or a kernel before 5.6: then nothing of it was ever taken.
+_NOT_OURS: Final = {errno.ENOENT, errno.ESRCH, errno.EPERM, errno.EACCES, errno.ENOSYS}
 #: For an answer that needs nothing of the driver.
 _LOOK_S: Final = 5.0
 _GRANULARITY: Final = 2 << 20
