@@ -485,6 +485,64 @@ def test_a_link_that_appears_between_the_check_and_the_restore_gives_nobody_a_fi
     assert tree.counts() == []
 
 
+def test_a_file_of_roots_that_loses_its_name_in_that_moment_is_given_to_nobody_either(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root\n")
+    with saved_holder(tmp_path, store, criu) as data:
+        real = run.restore
+
+    def restore(*args: Any, **more: Any) -> run.Restored:
+        data.unlink()
+        data.symlink_to(secret)
+        done = real(*args, **more)
+        secret.unlink()  # as programs do with their temporary files
+        return done
+
+    monkeypatch.setattr(run, "restore", restore)
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with pytest.raises(errors.CriuError, match=r"came back with .*secret \(deleted\) open"):
+            bring_back(criu, tree, store, tmp_path / "log")
+        assert inside.everybody() == []
+    assert tree.counts() == []
+
+
+NAMELESS = """
+import mmap, multiprocessing, os, sys, tempfile, time
+file = tempfile.TemporaryFile(dir=sys.argv[1]); file.write(b"file"); file.flush()
+path = sys.argv[1] + "/mapped"
+with open(path, "w+b") as other:
+    other.write(b"m" * 5000); other.flush()
+    mapped = mmap.mmap(other.fileno(), 5000)
+os.unlink(path)
+directory = sys.argv[1] + "/gone"
+os.mkdir(directory); os.chdir(directory); os.rmdir(directory)
+memory = os.memfd_create("m"); os.write(memory, b"memory")
+shared = mmap.mmap(-1, 4096); shared[:6] = b"shared"
+semaphore = multiprocessing.get_context("fork").Semaphore(3)
+n = 0
+while True:
+    n += 1
+    assert os.pread(file.fileno(), 9, 0) == b"file" and mapped[4999:] == b"m"
+    assert os.pread(memory, 9, 0) == b"memory" and shared[:6] == b"shared"
+    print(n, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_files_without_a_name_come_back(tmp_path: Path, store: ImageStore, criu: Program) -> None:
+    (tmp_path / "own").mkdir(mode=0o777)
+    (tmp_path / "own").chmod(0o777)
+    argv = [os.path.realpath(sys.executable), "-c", NAMELESS, str(tmp_path / "own")]
+    with isolated(tmp_path / "log", argv) as tree:
+        tree.wait_for_more()
+        save(criu, tree, store)
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(criu, tree, store, tmp_path / "log")
+        tree.wait_for_more()
+
+
 def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
     tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
