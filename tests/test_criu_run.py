@@ -378,6 +378,26 @@ def test_a_process_that_calls_itself_criu_is_not_taken_for_it(
         assert run.find_running_criu(criu, inside) == []
 
 
+def test_a_users_own_process_of_the_same_program_is_not_taken_for_it_either(
+    tmp_path: Path, criu: Program
+) -> None:
+    """The loader of a CRIU that make_criu.sh made runs any program, for everybody."""
+    program = tmp_path / "criu"
+    shutil.copy("/bin/sleep", program)
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        directory.chmod(0o755)
+    same = Program(path=str(program), version=criu.version, executable=str(program))
+    with (
+        isolated(tmp_path / "log", [str(program), "60"], uid=65534) as tree,
+        Inside(tree.init) as inside,
+    ):
+        wait_until(lambda: is_named(inside.tasks(), "criu"), within_s=5, what="it runs")
+        assert run.find_running_criu(same, inside) == []
+    with isolated(tmp_path / "log3", [str(program), "60"]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: is_named(inside.tasks(), "criu"), within_s=5, what="root's runs")
+        assert run.find_running_criu(same, inside) == [inside.tasks()[0].pid]
+
+
 def is_named(tasks: list[Task], name: str) -> bool:
     return any(Path(f"/proc/{t.pid}/comm").read_text().strip() == name for t in tasks)
 

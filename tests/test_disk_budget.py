@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,22 @@ def _workload(vram: str) -> list[str]:
     import sys
 
     return [sys.executable, "-m", "gpusched.workload", "--vram", vram]
+
+
+def test_files_in_shared_memory_count_although_nobody_has_them_open(
+    private_daemon: StartDaemon,
+) -> None:
+    daemon = private_daemon(args=["--disk-budget", "40M"])
+    script = (
+        "import time\nopen('/dev/shm/x', 'wb').write(bytes(48 << 20))\nprint('there', flush=True)\n"
+    )
+    cmd = [sys.executable, "-c", script + "time.sleep(999)"]
+    done(daemon, "run", name="model", cmd=cmd)
+    log = daemon.log_dir / "model.log"
+    wait_until(lambda: "there" in log.read_text(), within_s=20, what="the file is there")
+    answer = refused(daemon, "insufficient_disk", "hibernate", name="model")
+    assert answer["details"]["need_bytes"] > 48 << 20
+    assert entries(daemon)["model"]["state"] == "active"
 
 
 @pytest.mark.parametrize("budget", ["0", "20M"])
