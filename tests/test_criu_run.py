@@ -21,10 +21,11 @@ import pytest
 from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu import opened, run
+from gpusched.mechanisms.criu import kept, opened, run, system
 from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside, Task, open_log
+from gpusched.mechanisms.criu.manifest import UsedFile
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.system import read_machine
 from gpusched.ports import Identity
@@ -586,6 +587,40 @@ def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
         with pytest.raises(errors.CriuError, match=f"came back with {secret} open"):
             bring_back(criu, tree, store, tmp_path / "log")
         assert inside.everybody() == []
+
+
+def test_a_pipe_in_the_place_of_a_library_does_not_stop_the_daemon(
+    tmp_path: Path, store: ImageStore
+) -> None:
+    library = tmp_path / "library"
+    shutil.copy("/bin/true", library)
+    script = "import mmap, sys, time\nfile = open(sys.argv[1], 'rb')\n"
+    script += "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\nprint(1, flush=True)\ntime.sleep(99)"
+    argv = [*PYTHON, "-c", script, str(library)]
+    found: list[UsedFile] = []
+    with isolated(tmp_path / "log", argv) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds it")
+        used = [f for f in system.used_files(inside, inside.tasks()) if f.path == str(library)]
+        assert used[0].mapped and used[0].stamp.elf
+        library.unlink()
+        os.mkfifo(library)
+        with store.begin("a") as draft:
+            keeper = threading.Thread(
+                target=lambda: found.extend(kept.keep(draft, inside, used)), daemon=True
+            )
+            keeper.start()
+            keeper.join(5)
+            assert [one.kept for one in found] == [None]
+
+
+def test_what_ends_while_it_is_looked_at_holds_nothing(tmp_path: Path) -> None:
+    with counting(tmp_path / "log") as tree, Inside(tree.init) as inside:
+        tasks = inside.tasks()
+        os.kill(tasks[0].pid, signal.SIGKILL)
+        wait_until(lambda: not inside.tasks(), within_s=5, what="it has ended")
+        assert opened.unnamed_files(tasks) == ()
+        assert opened.has_fixed_names(inside, tasks) is False
+        opened.check(inside, tasks, (), (), "job")
 
 
 def test_a_library_that_was_upgraded_does_not_strand_an_image(

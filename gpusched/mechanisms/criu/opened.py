@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from gpusched import errors
+from gpusched.mechanisms import proc
 from gpusched.mechanisms.criu import system, unix_peers
 from gpusched.mechanisms.criu.inside import Inside, Task
 from gpusched.mechanisms.criu.manifest import Unnamed
@@ -119,8 +120,8 @@ def has_fixed_names(inside: Inside, tasks: Iterable[Task]) -> bool:
 
 def _sockets(pid: int) -> Iterator[int]:
     """The inodes of a process's sockets."""
-    for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
             link = os.readlink(f"/proc/{pid}/fd/{name}")  # noqa: PTH115
             if link.startswith("socket:["):
                 yield int(link[8:-1])
@@ -139,19 +140,29 @@ def _devices(inside: Inside, paths: Iterable[str]) -> set[int]:
 
 
 def _held(tasks: Iterable[Task]) -> Iterator[_Held]:
+    """What has ended meanwhile holds nothing."""
     for task in tasks:
-        base = f"/proc/{task.pid}"
-        names = [f"fd/{name}" for name in os.listdir(f"{base}/fd")]  # noqa: PTH208
-        for name in (*names, "cwd", "root", "exe"):
-            path = os.readlink(f"{base}/{name}")  # noqa: PTH115
-            if path.startswith("/") and not (name == "root" and path == "/"):
-                yield _Held(task.pid, path, os.stat(f"{base}/{name}"))  # noqa: PTH116
-        seen = set()
-        for line in Path(f"{base}/maps").read_bytes().splitlines():
-            mapping = system.parse_mapping(line)
-            if mapping is None or (identity := tuple(line.split(None, 5)[3:])) in seen:
-                continue
-            seen.add(identity)
-            with contextlib.suppress(FileNotFoundError):  # a mapping of the kernel's own
-                link = f"{base}/map_files/{mapping.range}"
-                yield _Held(task.pid, mapping.path, os.stat(link))  # noqa: PTH116
+        try:
+            yield from _held_by(task.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            found = proc.read_stat(task.pid)
+            if found is not None and found.start_ticks == task.start_ticks and found.is_alive:
+                raise
+
+
+def _held_by(pid: int) -> Iterator[_Held]:
+    base = f"/proc/{pid}"
+    names = [f"fd/{name}" for name in os.listdir(f"{base}/fd")]  # noqa: PTH208
+    for name in (*names, "cwd", "root", "exe"):
+        path = os.readlink(f"{base}/{name}")  # noqa: PTH115
+        if path.startswith("/") and not (name == "root" and path == "/"):
+            yield _Held(pid, path, os.stat(f"{base}/{name}"))  # noqa: PTH116
+    seen = set()
+    for line in Path(f"{base}/maps").read_bytes().splitlines():
+        mapping = system.parse_mapping(line)
+        if mapping is None or (identity := tuple(line.split(None, 5)[3:])) in seen:
+            continue
+        seen.add(identity)
+        with contextlib.suppress(FileNotFoundError):  # a mapping of the kernel's own
+            link = f"{base}/map_files/{mapping.range}"
+            yield _Held(pid, mapping.path, os.stat(link))  # noqa: PTH116
