@@ -197,7 +197,7 @@ def ask_traps(captured: Captured) -> Captured:
 def _trap_of(process: ProcessState) -> bytes:
     """Empty where it cannot be asked: such a process takes its chance."""
     if process.site and _is_there(process):
-        with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+        with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
             if held.may_call:
                 return tracing.action(held.tids[0], signal.SIGTRAP)
     return b""
@@ -209,7 +209,7 @@ def arm(captured: Captured) -> None:
         if process.trap and _is_there(process):
             site = process.site
             handler = struct.pack("<QQQQ", site, _SA_RESTORER, site, 2**64 - 1)
-            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
                 tracing.action(held.tids[0], signal.SIGTRAP, handler)
 
 
@@ -217,7 +217,7 @@ def disarm(captured: Captured) -> None:
     """What SIGTRAP did before ``arm`` it does again; for processes whose dump succeeded. No CRIU may be left."""
     for process in captured.processes:
         if process.trap and _is_there(process):
-            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
                 tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
 
 
@@ -227,7 +227,7 @@ def disarm_restored(captured: Captured, tasks: Iterable[Task]) -> None:
     for task in tasks:
         if trap := traps.get(task.inner_pid):
             try:
-                with tracing.seized(task.pid) as held:
+                with tracing.seized(task.pid, only_main=True) as held:
                     tracing.action(held.tids[0], signal.SIGTRAP, trap)
             except OSError as error:
                 raise errors.CriuError(

@@ -58,23 +58,24 @@ class Held:
 
 
 @contextlib.contextmanager
-def seized(pid: int) -> Iterator[Held]:
-    """All threads of a stopped process, traced and at rest; afterwards it is stopped as before."""
+def seized(pid: int, *, only_main: bool = False) -> Iterator[Held]:
+    """All threads of a stopped process, or its main one, traced and at rest; afterwards it is stopped as before."""
     options, may_call = _TRACE_SYSGOOD, True
     if _is_filtered(pid):
         options |= _SUSPEND_SECCOMP
     tids: list[int] = []
     try:
-        for name in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+        for name in [pid] if only_main else os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            tid = int(name)
             try:
-                _ptrace(_SEIZE, int(name), 0, options)
+                _ptrace(_SEIZE, tid, 0, options)
             except OSError:
                 if not options & _SUSPEND_SECCOMP:
                     raise
                 options, may_call = _TRACE_SYSGOOD, False
-                _ptrace(_SEIZE, int(name), 0, options)
-            tids.append(int(name))
-            _wait(int(name))
+                _ptrace(_SEIZE, tid, 0, options)
+            tids.append(tid)
+            _wait(tid)
         yield Held(tids=tids, may_call=may_call and IS_X86)
     finally:
         for tid in tids:
