@@ -168,10 +168,12 @@ def _fill_while_saving(daemon: PrivateDaemon, disk: Path) -> None:
     """Takes all of the disk as soon as an image is begun."""
     import threading
 
+    (disk / "ballast").write_bytes(b"x" * (200 << 20))  # the rest is taken sooner than the image is
+
     def fill() -> None:
         wait_until(lambda: _begun(disk), within_s=10, what="an image is begun")
         try:
-            with (disk / "ballast").open("wb", 0) as file:
+            with (disk / "ballast").open("ab", 0) as file:
                 while True:
                     file.write(b"x" * (1 << 20))
         except OSError:
