@@ -60,7 +60,7 @@ class ThreadState(msgspec.Struct, frozen=True, kw_only=True):
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
     """``code`` is what is at ``site``, the beginning of its first program part, where CRIU puts its own for moments.
 
-    ``trap`` is what SIGTRAP does, as the kernel has it; empty where it stays as it is.
+    ``trap`` and ``pipe`` are what SIGTRAP and SIGPIPE do, as the kernel has it; empty where they stay as they are.
     """
 
     pid: int
@@ -71,6 +71,7 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
     site: int = 0
     code: bytes = b""
     trap: bytes = b""
+    pipe: bytes = b""
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,17 +190,20 @@ def ask_traps(captured: Captured) -> Captured:
     """The same, with what SIGTRAP does. ``captured`` must be on record: here threads make calls for us already."""
     return Captured(
         processes=tuple(
-            msgspec.structs.replace(one, trap=_trap_of(one)) for one in captured.processes
+            msgspec.structs.replace(
+                one, trap=_action_of(one, signal.SIGTRAP), pipe=_action_of(one, signal.SIGPIPE)
+            )
+            for one in captured.processes
         )
     )
 
 
-def _trap_of(process: ProcessState) -> bytes:
+def _action_of(process: ProcessState, number: int) -> bytes:
     """Empty where it cannot be asked: such a process takes its chance."""
     if process.site and _is_there(process):
         with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
             if held.may_call:
-                return tracing.action(held.tids[0], signal.SIGTRAP)
+                return tracing.action(held.tids[0], number)
     return b""
 
 
@@ -263,9 +267,18 @@ def put_back(captured: Captured) -> None:
                         tracing.clear_breakpoints(thread.tid)  # one of CRIU's outlives it
                         if not (cures and thread.tid == process.pid):
                             _put_thread_back(process, thread)
-                if process.trap:  # one that is pending is dropped where it is ignored
-                    tracing.action(held.tids[0], signal.SIGTRAP, _IGNORED)
-                    tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
+                _drop_pending(held, process)
+
+
+def _drop_pending(held: tracing.Held, process: ProcessState) -> None:
+    """What CRIU's code has brought upon the process: its trap, and the pipe to CRIU that has nobody at its other end.
+
+    The kernel drops what is pending of a signal that is ignored.
+    """
+    for number, before in ((signal.SIGTRAP, process.trap), (signal.SIGPIPE, process.pipe)):
+        if before:
+            tracing.action(held.tids[0], number, _IGNORED)
+            tracing.action(held.tids[0], number, before)
 
 
 def _settle(captured: Captured) -> None:

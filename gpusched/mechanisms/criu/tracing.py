@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gpusched.mechanisms import proc
+
 IS_X86: Final = platform.machine() == "x86_64"
 _SEIZE, _DETACH, _SYSCALL = 0x4206, 17, 24
 _GETREGSET, _SETREGSET, _GETSIGMASK, _SETSIGMASK = 0x4204, 0x4205, 0x420A, 0x420B
@@ -30,6 +32,7 @@ _DEBUG_REGISTERS: Final = 848
 _WALL: Final = 0x40000000
 _MAX_REGSET: Final = 16384
 _WAIT_S: Final = 5.0
+_STOPPED_S: Final = 1.0
 _STOPS: Final = 16
 _EVERY_SIGNAL: Final = b"\xff" * 8
 #: Words of NT_PRSTATUS on x86-64.
@@ -81,6 +84,18 @@ def seized(pid: int, *, only_main: bool = False) -> Iterator[Held]:
         for tid in tids:
             with contextlib.suppress(OSError):
                 _ptrace(_DETACH, tid, 0, 0)
+        _wait_stopped(tids)
+
+
+def _wait_stopped(tids: list[int]) -> None:
+    """Until those that were let go stand still again by themselves, which takes a moment on a busy machine."""
+    deadline = time.monotonic() + _STOPPED_S
+    for tid in tids:
+        while time.monotonic() < deadline:
+            found = proc.read_stat(tid)
+            if found is None or found.state == "T" or not found.is_alive:
+                break
+            time.sleep(0.0002)
 
 
 def _is_filtered(pid: int) -> bool:
