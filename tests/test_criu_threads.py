@@ -120,6 +120,10 @@ def test_killed_whenever_a_process_runs_its_code_criu_takes_nobody_along(
             assert [_signals(task.pid) for task in inside.tasks()] == before, number
         assert run.find_running_criu(criu, inside) == []
         _require_its_own_handler(tree, inside)
+        save(killed.at(0), tree, store)  # nothing that was left behind is in the way
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(criu, tree, store, tmp_path / "log")
+        tree.wait_for_more()
 
 
 def _signals(pid: int) -> list[str]:

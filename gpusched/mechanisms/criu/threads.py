@@ -251,22 +251,19 @@ def _is_there(process: ProcessState) -> bool:
 def put_back(captured: Captured) -> None:
     """Takes out of every process what CRIU has left in it, which leaves it stopped. No CRIU may be left.
 
-    Only threads in CRIU's code get their registers back: a main thread that cures itself when CRIU ends may have gone
-    on a little way before the kernel stopped it, and would be set back in time. A process that has ended, or that
-    somebody let go on meanwhile, is passed over.
+    Only threads in CRIU's code get their registers back, also where that code would put everything back by itself: it
+    answers CRIU first, which would end the process (SIGPIPE). Whoever had gone on a little way stays there. A process
+    that has ended, or that somebody let go on meanwhile, is passed over.
     """
     _settle(captured)
     for process in captured.processes:
         if _is_there(process):
-            # Asked before it is seized, which changes the answer.
-            cures = _cures_itself(process.pid)
             with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
                 tracing.write_memory(process.pid, process.site, process.code)
                 for thread in process.threads:
                     if thread.tid in held.tids:
                         tracing.clear_breakpoints(thread.tid)  # one of CRIU's outlives it
-                        if not (cures and thread.tid == process.pid):
-                            _put_thread_back(process, thread)
+                        _put_thread_back(process, thread)
                 _drop_pending(held, process)
 
 
@@ -342,14 +339,6 @@ def may_be_left(tasks: Iterable[Task]) -> bool:
             if _is_in_parasite(task.pid, where.address):
                 return False
     return True
-
-
-def _cures_itself(pid: int) -> bool:
-    """Whether CRIU's code in the main thread waits for orders. When nobody gives any it puts everything back."""
-    return any(
-        where.is_receiving and where.tid == pid and _is_in_parasite(pid, where.address)
-        for where in _threads_of(pid)
-    )
 
 
 class _Where(NamedTuple):
