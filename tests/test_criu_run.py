@@ -21,10 +21,11 @@ import pytest
 from daemons import ROOT, wait_until
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.criu import opened, run
+from gpusched.mechanisms.criu import kept, opened, run, system
 from gpusched.mechanisms.criu import tree as trees
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside, Task, open_log
+from gpusched.mechanisms.criu.manifest import UsedFile
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.system import read_machine
 from gpusched.ports import Identity
@@ -378,6 +379,26 @@ def test_a_process_that_calls_itself_criu_is_not_taken_for_it(
         assert run.find_running_criu(criu, inside) == []
 
 
+def test_a_users_own_process_of_the_same_program_is_not_taken_for_it_either(
+    tmp_path: Path, criu: Program
+) -> None:
+    """The loader of a CRIU that make_criu.sh made runs any program, for everybody."""
+    program = tmp_path / "criu"
+    shutil.copy("/bin/sleep", program)
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        directory.chmod(0o755)
+    same = Program(path=str(program), version=criu.version, executable=str(program))
+    with (
+        isolated(tmp_path / "log", [str(program), "60"], uid=65534) as tree,
+        Inside(tree.init) as inside,
+    ):
+        wait_until(lambda: is_named(inside.tasks(), "criu"), within_s=5, what="it runs")
+        assert run.find_running_criu(same, inside) == []
+    with isolated(tmp_path / "log3", [str(program), "60"]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: is_named(inside.tasks(), "criu"), within_s=5, what="root's runs")
+        assert run.find_running_criu(same, inside) == [inside.tasks()[0].pid]
+
+
 def is_named(tasks: list[Task], name: str) -> bool:
     return any(Path(f"/proc/{t.pid}/comm").read_text().strip() == name for t in tasks)
 
@@ -485,6 +506,64 @@ def test_a_link_that_appears_between_the_check_and_the_restore_gives_nobody_a_fi
     assert tree.counts() == []
 
 
+def test_a_file_of_roots_that_loses_its_name_in_that_moment_is_given_to_nobody_either(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root\n")
+    with saved_holder(tmp_path, store, criu) as data:
+        real = run.restore
+
+    def restore(*args: Any, **more: Any) -> run.Restored:
+        data.unlink()
+        data.symlink_to(secret)
+        done = real(*args, **more)
+        secret.unlink()  # as programs do with their temporary files
+        return done
+
+    monkeypatch.setattr(run, "restore", restore)
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with pytest.raises(errors.CriuError, match=r"came back with .*secret \(deleted\) open"):
+            bring_back(criu, tree, store, tmp_path / "log")
+        assert inside.everybody() == []
+    assert tree.counts() == []
+
+
+NAMELESS = """
+import mmap, multiprocessing, os, sys, tempfile, time
+file = tempfile.TemporaryFile(dir=sys.argv[1]); file.write(b"file"); file.flush()
+path = sys.argv[1] + "/mapped"
+with open(path, "w+b") as other:
+    other.write(b"m" * 5000); other.flush()
+    mapped = mmap.mmap(other.fileno(), 5000)
+os.unlink(path)
+directory = sys.argv[1] + "/gone"
+os.mkdir(directory); os.chdir(directory); os.rmdir(directory)
+memory = os.memfd_create("m"); os.write(memory, b"memory")
+shared = mmap.mmap(-1, 4096); shared[:6] = b"shared"
+semaphore = multiprocessing.get_context("fork").Semaphore(3)
+n = 0
+while True:
+    n += 1
+    assert os.pread(file.fileno(), 9, 0) == b"file" and mapped[4999:] == b"m"
+    assert os.pread(memory, 9, 0) == b"memory" and shared[:6] == b"shared"
+    print(n, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_files_without_a_name_come_back(tmp_path: Path, store: ImageStore, criu: Program) -> None:
+    (tmp_path / "own").mkdir(mode=0o777)
+    (tmp_path / "own").chmod(0o777)
+    argv = [os.path.realpath(sys.executable), "-c", NAMELESS, str(tmp_path / "own")]
+    with isolated(tmp_path / "log", argv) as tree:
+        tree.wait_for_more()
+        save(criu, tree, store)
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(criu, tree, store, tmp_path / "log")
+        tree.wait_for_more()
+
+
 def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
     tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +587,40 @@ def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
         with pytest.raises(errors.CriuError, match=f"came back with {secret} open"):
             bring_back(criu, tree, store, tmp_path / "log")
         assert inside.everybody() == []
+
+
+def test_a_pipe_in_the_place_of_a_library_does_not_stop_the_daemon(
+    tmp_path: Path, store: ImageStore
+) -> None:
+    library = tmp_path / "library"
+    shutil.copy("/bin/true", library)
+    script = "import mmap, sys, time\nfile = open(sys.argv[1], 'rb')\n"
+    script += "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\nprint(1, flush=True)\ntime.sleep(99)"
+    argv = [*PYTHON, "-c", script, str(library)]
+    found: list[UsedFile] = []
+    with isolated(tmp_path / "log", argv) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: tree.counts() == [1], within_s=10, what="it holds it")
+        used = [f for f in system.used_files(inside, inside.tasks()) if f.path == str(library)]
+        assert used[0].mapped and used[0].stamp.elf
+        library.unlink()
+        os.mkfifo(library)
+        with store.begin("a") as draft:
+            keeper = threading.Thread(
+                target=lambda: found.extend(kept.keep(draft, inside, used)), daemon=True
+            )
+            keeper.start()
+            keeper.join(5)
+            assert [one.kept for one in found] == [None]
+
+
+def test_what_ends_while_it_is_looked_at_holds_nothing(tmp_path: Path) -> None:
+    with counting(tmp_path / "log") as tree, Inside(tree.init) as inside:
+        tasks = inside.tasks()
+        os.kill(tasks[0].pid, signal.SIGKILL)
+        wait_until(lambda: not inside.tasks(), within_s=5, what="it has ended")
+        assert opened.unnamed_files(tasks) == ()
+        assert opened.has_fixed_names(inside, tasks) is False
+        opened.check(inside, tasks, (), (), "job")
 
 
 def test_a_library_that_was_upgraded_does_not_strand_an_image(

@@ -120,6 +120,10 @@ def test_killed_whenever_a_process_runs_its_code_criu_takes_nobody_along(
             assert [_signals(task.pid) for task in inside.tasks()] == before, number
         assert run.find_running_criu(criu, inside) == []
         _require_its_own_handler(tree, inside)
+        save(killed.at(0), tree, store)  # nothing that was left behind is in the way
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(criu, tree, store, tmp_path / "log")
+        tree.wait_for_more()
 
 
 def _signals(pid: int) -> list[str]:
@@ -194,7 +198,7 @@ tracing._to_next_stop = step
 )
 
 
-@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("step", range(1, 13))
 def test_a_daemon_that_dies_while_a_process_makes_a_call_for_it_leaves_that_as_it_was(
     step: int, tmp_path: Path, store: ImageStore, criu: Program
 ) -> None:
@@ -214,6 +218,27 @@ def test_a_daemon_that_dies_while_a_process_makes_a_call_for_it_leaves_that_as_i
         tree.wait_for_more()
         assert [_signals(task.pid) for task in inside.tasks()] == before
         _require_its_own_handler(tree, inside)
+
+
+def test_a_signal_from_the_broken_connection_to_criu_ends_nobody(
+    tmp_path: Path, criu: Program
+) -> None:
+    script = "import signal, time\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\nn = 0\n"
+    script += "while True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.005)"
+    with (
+        isolated(tmp_path / "log", [*PYTHON, "-c", script]) as tree,
+        Inside(tree.init) as inside,
+    ):
+        tree.wait_for_more()
+        (task,) = inside.tasks()
+        before = _signals(task.pid)
+        captured = threads.stop_and_capture(inside, threads.note(inside))
+        captured = threads.ask_traps(captured)
+        threads.arm(captured)
+        os.kill(task.pid, signal.SIGPIPE)
+        run.undo_dump(inside, captured)
+        tree.wait_for_more()
+        assert _signals(task.pid) == before
 
 
 def test_who_stops_only_a_moment_after_criu_has_died_is_put_back_too(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,22 @@ def _workload(vram: str) -> list[str]:
     return [sys.executable, "-m", "gpusched.workload", "--vram", vram]
 
 
+def test_files_in_shared_memory_count_although_nobody_has_them_open(
+    private_daemon: StartDaemon,
+) -> None:
+    daemon = private_daemon(args=["--disk-budget", "40M"])
+    script = (
+        "import time\nopen('/dev/shm/x', 'wb').write(bytes(48 << 20))\nprint('there', flush=True)\n"
+    )
+    cmd = [sys.executable, "-c", script + "time.sleep(999)"]
+    done(daemon, "run", name="model", cmd=cmd)
+    log = daemon.log_dir / "model.log"
+    wait_until(lambda: "there" in log.read_text(), within_s=20, what="the file is there")
+    answer = refused(daemon, "insufficient_disk", "hibernate", name="model")
+    assert answer["details"]["need_bytes"] > 48 << 20
+    assert entries(daemon)["model"]["state"] == "active"
+
+
 @pytest.mark.parametrize("budget", ["0", "20M"])
 def test_a_disk_budget_that_is_too_small_refuses_with_numbers(
     private_daemon: StartDaemon, budget: str
@@ -151,10 +168,12 @@ def _fill_while_saving(daemon: PrivateDaemon, disk: Path) -> None:
     """Takes all of the disk as soon as an image is begun."""
     import threading
 
+    (disk / "ballast").write_bytes(b"x" * (200 << 20))  # the rest is taken sooner than the image is
+
     def fill() -> None:
         wait_until(lambda: _begun(disk), within_s=10, what="an image is begun")
         try:
-            with (disk / "ballast").open("wb", 0) as file:
+            with (disk / "ballast").open("ab", 0) as file:
                 while True:
                     file.write(b"x" * (1 << 20))
         except OSError:

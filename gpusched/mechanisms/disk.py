@@ -108,7 +108,7 @@ class DiskTier:
                 found.append(_incapable(init.pid))
             return DiskFacts(
                 obstacles=tuple(found),
-                need_bytes=preflight.image_bytes(tasks) + own + MIB,
+                need_bytes=preflight.image_bytes(tasks) + preflight.shm_bytes(inside) + own + MIB,
                 shared_files=tuple(preflight.writable_files(tasks, [launch.log_path])),
             )
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from gpusched import errors
 from gpusched.mechanisms.criu import checksums, manifest
 from gpusched.mechanisms.criu.checksums import Damaged, FileSum, Follower, Pace
-from gpusched.mechanisms.criu.manifest import Machine, Manifest, UsedFile
+from gpusched.mechanisms.criu.manifest import Machine, Manifest, Unnamed, UsedFile
 from gpusched.mechanisms.criu.parts import (
     DIRECTORY,
     MANIFEST,
@@ -45,7 +45,7 @@ class About:
     created_unix_s: float
     machine: Machine
     used: tuple[UsedFile, ...] = ()
-    unnamed: tuple[int, ...] = ()
+    unnamed: tuple[Unnamed, ...] = ()
     vram_bytes: int = 0
     record: Mapping[str, Any] | None = None
 

@@ -137,13 +137,12 @@ class Inside:
         Also what an earlier daemon started and does not know of any more. Only root's processes are believed.
         """
         mark = f"{_MARK}={self.mark}".encode()
-        found = [pid for pid in all_pids() if _is_roots(pid) and _has_in_environ(pid, mark)]
+        found = {pid for pid in all_pids() if _is_roots(pid) and _has_in_environ(pid, mark)}
         with contextlib.suppress(FileNotFoundError):
             wanted = os.stat(executable)  # noqa: PTH116
-            found += [
-                pid for pid in self.everybody() if pid not in found and _executes(pid, wanted)
-            ]
-        return found
+            here = (pid for pid in self.everybody() if _is_roots(pid))
+            found |= {pid for pid in here if _executes(pid, wanted)}
+        return sorted(found)
 
     # -- what it sees -----------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Final
@@ -66,13 +67,17 @@ def _directory(draft: Draft) -> Iterator[int]:
 
 
 def _keep_one(inside: Inside, file: UsedFile, directory: int, name: str, room: int) -> int | None:
-    """Returns the bytes that were copied; None where it was not kept."""
+    """Returns the bytes that were copied; None where it was not kept.
+
+    The path is the user's, who may have put something else there since it was looked at.
+    """
     try:
-        seen = inside.open(file.path, os.O_PATH | os.O_NOFOLLOW)
+        seen = inside.open(file.path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
     except OSError:
         return None
     try:
-        if os.fstat(seen).st_mode & 0o6000:  # nothing that would give anybody rights is kept alive
+        mode = os.fstat(seen).st_mode  # opening a pipe waits, and a device may act
+        if not stat.S_ISREG(mode) or mode & 0o6000:  # nothing that gives anybody rights is kept
             return None
         return _copy(seen, directory, name, min(room, _COPY_FILE_BYTES))
     finally:

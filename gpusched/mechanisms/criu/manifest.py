@@ -62,10 +62,15 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     gpus: tuple[Gpu, ...] = ()
 
 
+#: A file that had lost its name. The inode of one that has others (hard links); of one that has none, which CRIU makes
+#: anew, (uid, gid, mode, size): another one without a name was perhaps root's a moment ago.
+Unnamed = int | tuple[int, int, int, int]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``record`` is the caller's own; ``files`` are all files of the image, by their paths in it.
 
-    ``unnamed``: inodes of open files that had lost the name they were opened by and have others.
+    ``unnamed``: files that had lost the name they were opened by (``Unnamed``).
     """
 
     format: int = FORMAT
@@ -76,7 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     vram_bytes: int
     machine: Machine
     used: tuple[UsedFile, ...]
-    unnamed: tuple[int, ...] = ()
+    unnamed: tuple[Unnamed, ...] = ()
     files: dict[str, FileSum]
     record: dict[str, Any]
 

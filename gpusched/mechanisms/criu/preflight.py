@@ -88,7 +88,7 @@ def writable_files(tasks: Iterable[Task], ignored: Collection[str] = ()) -> list
 def image_bytes(tasks: Iterable[Task]) -> int:
     """About what an image of the processes will take, at most: their memory that no file holds, and 5 %.
 
-    Shared memory is counted for each process that has it, so copies in /dev/shm come on top only once.
+    Shared memory is counted for each process that has it. Files in /dev/shm: see ``shm_bytes``.
     """
     total = 0
     for task in tasks:
@@ -98,6 +98,19 @@ def image_bytes(tasks: Iterable[Task]) -> int:
                 if match := re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE):
                     total += int(match[1]) * 1024
     return total + total // 20
+
+
+def shm_bytes(inside: Inside) -> int:
+    """What the tree's own /dev/shm holds, whether anybody has it mapped or not."""
+    with contextlib.suppress(OSError):
+        fd = inside.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)  # noqa: S108
+        try:
+            about = os.fstatvfs(fd)
+            if os.fstat(fd).st_dev != os.fstat(inside.root).st_dev:
+                return (about.f_blocks - about.f_bfree) * about.f_frsize
+        finally:
+            os.close(fd)
+    return 0
 
 
 # -- judging: pure --------------------------------------------------------------------------------

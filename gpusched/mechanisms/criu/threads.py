@@ -60,7 +60,7 @@ class ThreadState(msgspec.Struct, frozen=True, kw_only=True):
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
     """``code`` is what is at ``site``, the beginning of its first program part, where CRIU puts its own for moments.
 
-    ``trap`` is what SIGTRAP does, as the kernel has it; empty where it stays as it is.
+    ``trap`` and ``pipe`` are what SIGTRAP and SIGPIPE do, as the kernel has it; empty where they stay as they are.
     """
 
     pid: int
@@ -71,6 +71,7 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
     site: int = 0
     code: bytes = b""
     trap: bytes = b""
+    pipe: bytes = b""
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,17 +190,20 @@ def ask_traps(captured: Captured) -> Captured:
     """The same, with what SIGTRAP does. ``captured`` must be on record: here threads make calls for us already."""
     return Captured(
         processes=tuple(
-            msgspec.structs.replace(one, trap=_trap_of(one)) for one in captured.processes
+            msgspec.structs.replace(
+                one, trap=_action_of(one, signal.SIGTRAP), pipe=_action_of(one, signal.SIGPIPE)
+            )
+            for one in captured.processes
         )
     )
 
 
-def _trap_of(process: ProcessState) -> bytes:
+def _action_of(process: ProcessState, number: int) -> bytes:
     """Empty where it cannot be asked: such a process takes its chance."""
     if process.site and _is_there(process):
-        with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+        with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
             if held.may_call:
-                return tracing.action(held.tids[0], signal.SIGTRAP)
+                return tracing.action(held.tids[0], number)
     return b""
 
 
@@ -209,7 +213,7 @@ def arm(captured: Captured) -> None:
         if process.trap and _is_there(process):
             site = process.site
             handler = struct.pack("<QQQQ", site, _SA_RESTORER, site, 2**64 - 1)
-            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
                 tracing.action(held.tids[0], signal.SIGTRAP, handler)
 
 
@@ -217,7 +221,7 @@ def disarm(captured: Captured) -> None:
     """What SIGTRAP did before ``arm`` it does again; for processes whose dump succeeded. No CRIU may be left."""
     for process in captured.processes:
         if process.trap and _is_there(process):
-            with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
+            with contextlib.suppress(OSError), tracing.seized(process.pid, only_main=True) as held:
                 tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
 
 
@@ -227,7 +231,7 @@ def disarm_restored(captured: Captured, tasks: Iterable[Task]) -> None:
     for task in tasks:
         if trap := traps.get(task.inner_pid):
             try:
-                with tracing.seized(task.pid) as held:
+                with tracing.seized(task.pid, only_main=True) as held:
                     tracing.action(held.tids[0], signal.SIGTRAP, trap)
             except OSError as error:
                 raise errors.CriuError(
@@ -247,25 +251,31 @@ def _is_there(process: ProcessState) -> bool:
 def put_back(captured: Captured) -> None:
     """Takes out of every process what CRIU has left in it, which leaves it stopped. No CRIU may be left.
 
-    Only threads in CRIU's code get their registers back: a main thread that cures itself when CRIU ends may have gone
-    on a little way before the kernel stopped it, and would be set back in time. A process that has ended, or that
-    somebody let go on meanwhile, is passed over.
+    Only threads in CRIU's code get their registers back, also where that code would put everything back by itself: it
+    answers CRIU first, which would end the process (SIGPIPE). Whoever had gone on a little way stays there. A process
+    that has ended, or that somebody let go on meanwhile, is passed over.
     """
     _settle(captured)
     for process in captured.processes:
         if _is_there(process):
-            # Asked before it is seized, which changes the answer.
-            cures = _cures_itself(process.pid)
             with contextlib.suppress(OSError), tracing.seized(process.pid) as held:
                 tracing.write_memory(process.pid, process.site, process.code)
                 for thread in process.threads:
                     if thread.tid in held.tids:
                         tracing.clear_breakpoints(thread.tid)  # one of CRIU's outlives it
-                        if not (cures and thread.tid == process.pid):
-                            _put_thread_back(process, thread)
-                if process.trap:  # one that is pending is dropped where it is ignored
-                    tracing.action(held.tids[0], signal.SIGTRAP, _IGNORED)
-                    tracing.action(held.tids[0], signal.SIGTRAP, process.trap)
+                        _put_thread_back(process, thread)
+                _drop_pending(held, process)
+
+
+def _drop_pending(held: tracing.Held, process: ProcessState) -> None:
+    """What CRIU's code has brought upon the process: its trap, and the pipe to CRIU that has nobody at its other end.
+
+    The kernel drops what is pending of a signal that is ignored.
+    """
+    for number, before in ((signal.SIGTRAP, process.trap), (signal.SIGPIPE, process.pipe)):
+        if before:
+            tracing.action(held.tids[0], number, _IGNORED)
+            tracing.action(held.tids[0], number, before)
 
 
 def _settle(captured: Captured) -> None:
@@ -329,14 +339,6 @@ def may_be_left(tasks: Iterable[Task]) -> bool:
             if _is_in_parasite(task.pid, where.address):
                 return False
     return True
-
-
-def _cures_itself(pid: int) -> bool:
-    """Whether CRIU's code in the main thread waits for orders. When nobody gives any it puts everything back."""
-    return any(
-        where.is_receiving and where.tid == pid and _is_in_parasite(pid, where.address)
-        for where in _threads_of(pid)
-    )
 
 
 class _Where(NamedTuple):

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gpusched.mechanisms import proc
+
 IS_X86: Final = platform.machine() == "x86_64"
 _SEIZE, _DETACH, _SYSCALL = 0x4206, 17, 24
 _GETREGSET, _SETREGSET, _GETSIGMASK, _SETSIGMASK = 0x4204, 0x4205, 0x420A, 0x420B
@@ -30,6 +32,7 @@ _DEBUG_REGISTERS: Final = 848
 _WALL: Final = 0x40000000
 _MAX_REGSET: Final = 16384
 _WAIT_S: Final = 5.0
+_STOPPED_S: Final = 1.0
 _STOPS: Final = 16
 _EVERY_SIGNAL: Final = b"\xff" * 8
 #: Words of NT_PRSTATUS on x86-64.
@@ -58,28 +61,41 @@ class Held:
 
 
 @contextlib.contextmanager
-def seized(pid: int) -> Iterator[Held]:
-    """All threads of a stopped process, traced and at rest; afterwards it is stopped as before."""
+def seized(pid: int, *, only_main: bool = False) -> Iterator[Held]:
+    """All threads of a stopped process, or its main one, traced and at rest; afterwards it is stopped as before."""
     options, may_call = _TRACE_SYSGOOD, True
     if _is_filtered(pid):
         options |= _SUSPEND_SECCOMP
     tids: list[int] = []
     try:
-        for name in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+        for name in [pid] if only_main else os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            tid = int(name)
             try:
-                _ptrace(_SEIZE, int(name), 0, options)
+                _ptrace(_SEIZE, tid, 0, options)
             except OSError:
                 if not options & _SUSPEND_SECCOMP:
                     raise
                 options, may_call = _TRACE_SYSGOOD, False
-                _ptrace(_SEIZE, int(name), 0, options)
-            tids.append(int(name))
-            _wait(int(name))
+                _ptrace(_SEIZE, tid, 0, options)
+            tids.append(tid)
+            _wait(tid)
         yield Held(tids=tids, may_call=may_call and IS_X86)
     finally:
         for tid in tids:
             with contextlib.suppress(OSError):
                 _ptrace(_DETACH, tid, 0, 0)
+        _wait_stopped(tids)
+
+
+def _wait_stopped(tids: list[int]) -> None:
+    """Until those that were let go stand still again by themselves, which takes a moment on a busy machine."""
+    deadline = time.monotonic() + _STOPPED_S
+    for tid in tids:
+        while time.monotonic() < deadline:
+            found = proc.read_stat(tid)
+            if found is None or found.state == "T" or not found.is_alive:
+                break
+            time.sleep(0.0002)
 
 
 def _is_filtered(pid: int) -> bool:

@@ -22,7 +22,7 @@ from gpusched.mechanisms.criu import kept, manifest, opened, run, system
 from gpusched.mechanisms.criu.image import Draft, Image
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
-from gpusched.mechanisms.criu.manifest import Difference, Machine, UsedFile
+from gpusched.mechanisms.criu.manifest import Difference, Machine, Unnamed, UsedFile
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.run import MAIN_PID, Restored
 from gpusched.mechanisms.criu.system import Seen
@@ -42,7 +42,7 @@ class Saved:
     dump_s: float
     by_turns: bool
     used: tuple[UsedFile, ...]
-    unnamed: tuple[int, ...]
+    unnamed: tuple[Unnamed, ...]
     captured: Captured
 
 
