@@ -1,0 +1,207 @@
+"""Moving the models of one node on and off its GPUs: their proxies told first, then ONE operation of the daemon.
+
+Runs in the node's agent, and in a proxy whose policy is to thaw by itself. Standard library and the SDK only.
+
+    prepare   the proxies of what goes off hold their calls back and let those under way end (drain)
+    move      the daemon freezes and thaws, all or nothing; a daemon that dies meanwhile is waited for and asked again
+    settle    every proxy is told where its model is now; after an error that is what the daemon says
+
+An error leaves every model where it was before, as far as the daemon lives to say so; calls that waited go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+from gpusched import errors
+from gpusched.client import GpuSched
+from ray_integration import answering, places
+from ray_integration.places import About
+
+T = TypeVar("T")
+
+#: Seconds for calls under way to end, where nobody says otherwise.
+DRAIN_TIMEOUT_S: Final = 60.0
+#: Seconds that a daemon may be away in the middle of an operation.
+DAEMON_TIMEOUT_S: Final = 30.0
+_RETRY_S: Final = 0.2
+_CONNECT_TIMEOUT_S: Final = 5.0
+_ANSWER_MARGIN_S: Final = 10.0
+
+
+class ProxyLine:
+    """One conversation with a proxy; see ``answering.py``. A proxy that is gone is None from ``open``."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lines = sock.makefile("rb")
+
+    @classmethod
+    def open(cls, about: About) -> ProxyLine | None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            sock.connect(str(about.directory / answering.SOCKET))
+        except OSError:
+            sock.close()
+            return None
+        return cls(sock)
+
+    def send(self, **request: Any) -> None:
+        with contextlib.suppress(OSError):  # gone: its answer says so
+            self._sock.sendall(json.dumps(request).encode() + b"\n")
+
+    def answer(self, timeout_s: float) -> dict[str, Any] | None:
+        """The answer, or None from a proxy that is gone. Raises what the proxy refused with, DeadlineExceeded."""
+        self._sock.settimeout(timeout_s)
+        try:
+            line = self._lines.readline()
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"the model's proxy did not answer within {timeout_s:g} s"
+            ) from None
+        except OSError:
+            return None
+        if not line:
+            return None
+        answer: dict[str, Any] = json.loads(line)
+        if not answer["ok"]:
+            raise errors.from_wire(answer)
+        return answer
+
+    def close(self) -> None:
+        """Ends the conversation, and with it what it held back."""
+        self._lines.close()
+        self._sock.close()
+
+
+def proxy_status(about: About, timeout_s: float = 2.0) -> dict[str, Any] | None:
+    """Who calls the model and who waits; None where the proxy does not answer."""
+    line = ProxyLine.open(about)
+    if line is None:
+        return None
+    try:
+        line.send(do="status")
+        return line.answer(timeout_s)
+    except errors.GpuschedError:
+        return None
+    finally:
+        line.close()
+
+
+@contextlib.contextmanager
+def prepared(
+    models: Sequence[About], *, drain: bool, timeout_s: float, disconnect: bool = True
+) -> Iterator[None]:
+    """Within the block the models' calls wait, and (``drain``) none is under way.
+
+    Raises DrainTimeout when one is still under way after ``timeout_s`` seconds; then all go on. Proxies that have
+    died need no preparation: their calls are lost or will be made again by Ray.
+    """
+    lines: list[ProxyLine] = []
+    try:
+        for about in models:
+            if (line := ProxyLine.open(about)) is not None:
+                lines.append(line)
+                line.send(do="prepare", drain=drain, timeout_s=timeout_s, disconnect=disconnect)
+        for line in lines:
+            line.answer(timeout_s + _ANSWER_MARGIN_S)
+        yield
+    finally:
+        for line in lines:
+            line.close()
+
+
+def settle(models: Sequence[About], *, on_gpu: bool) -> None:
+    """Tells the proxies where their models are now."""
+    lines = [line for about in models if (line := ProxyLine.open(about)) is not None]
+    try:
+        for line in lines:
+            line.send(do="settled", on_gpu=on_gpu)
+        for line in lines:
+            with contextlib.suppress(errors.GpuschedError):  # the daemon's events will tell it
+                line.answer(_CONNECT_TIMEOUT_S)
+    finally:
+        for line in lines:
+            line.close()
+
+
+def insist(ask: Callable[[], T], timeout_s: float = DAEMON_TIMEOUT_S) -> T:
+    """Asks the daemon what may be asked twice, again while it is away. Raises DaemonUnavailable at the end."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ask()
+        except (errors.DaemonUnavailable, errors.ShuttingDown):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_S)
+
+
+def move(
+    client: GpuSched,
+    off: Sequence[About],
+    on: Sequence[About],
+    *,
+    drain: bool = True,
+    timeout_s: float = DRAIN_TIMEOUT_S,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Freezes ``off`` and thaws ``on`` as one operation. Blocks until both are done, or neither.
+
+    Returns {"off": [a result for each], "on": [...], "duration_ms"}.
+    """
+    with prepared(off, drain=drain, timeout_s=timeout_s):
+        names = [about.name for about in off], [about.name for about in on]
+        answer: dict[str, Any] = insist(
+            lambda: client.call("swap", off=names[0], on=names[1], force=force or None)
+        )
+        settle(off, on_gpu=False)
+        settle(on, on_gpu=True)
+    return answer
+
+
+# -- room by evicting -------------------------------------------------------------------------------
+
+
+def bring_on(client: GpuSched, about: About) -> None:
+    """Thaws a model; while there is no room, idle ones on its GPUs go off for it, the longest idle first.
+
+    Only models of this node whose proxies say that no call is under way or waits. Raises InsufficientGpuMemory when
+    that does not suffice; nobody has moved then.
+    """
+    victims: list[About] = []
+    candidates: list[About] | None = None
+    while True:
+        try:
+            move(client, victims, [about], timeout_s=0.0)
+        except errors.InsufficientGpuMemory:
+            if candidates is None:
+                candidates = _idle_neighbours(client, about)
+            if not candidates:
+                raise
+            victims.append(candidates.pop(0))
+        else:
+            return
+
+
+def _idle_neighbours(client: GpuSched, about: About) -> list[About]:
+    """Other models on its GPUs that nobody uses, the longest idle first."""
+    active = {
+        found["name"]
+        for found in client.processes()
+        if found["state"] == "active" and set(found["gpus"]) & set(about.gpus)
+    }
+    idle: list[tuple[float, About]] = []
+    for other in places.models(about.node_id):
+        if other.actor_id == about.actor_id or other.name not in active:
+            continue
+        found = proxy_status(other)
+        if found is not None and found["idle_s"] > 0:
+            idle.append((found["idle_s"], other))
+    return [other for _, other in sorted(idle, key=lambda each: -each[0])]
