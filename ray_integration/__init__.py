@@ -10,6 +10,15 @@ from typing import Any
 
 #: Public name -> the module it lives in.
 _HOME = {
+    "Group": "groups",
+    "Phases": "phases",
+    "freeze": "control",
+    "group": "groups",
+    "hibernate": "control",
+    "on_gpu": "phases",
+    "status": "control",
+    "swap": "control",
+    "thaw": "control",
     "DrainTimeout": "errors",
     "HostError": "errors",
     "HostLost": "errors",

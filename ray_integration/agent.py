@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gpusched import errors
 from gpusched.client import GpuSched
 from ray_integration import compat, exchange, keeper, places
+from ray_integration.cluster import Cluster, How
 from ray_integration.places import About
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ def handle(node_id: str) -> Any:
     )
 
 
+def _shaped(results: list[dict[str, Any]], is_one: bool) -> Any:
+    return results[0] if is_one else results
+
+
 class NodeAgent:
     """Runs in Ray. Its methods block; several run at a time."""
 
@@ -60,6 +65,7 @@ class NodeAgent:
                 raise errors.Unavailable(f"another agent of node {node_id} is still there")
             time.sleep(0.05)
         self._lock = lock
+        self._cluster = Cluster(handle)
         threading.Thread(target=self._reap, name="gpusched-reap", daemon=True).start()
 
     def node_id(self) -> str:
@@ -108,6 +114,28 @@ class NodeAgent:
             proxy.pop("ok", None)
             answer[actor_id] = {**host, "node_id": self._node_id, "calls": proxy}
         return answer
+
+    # -- for a caller, over all nodes -----------------------------------------------------------
+
+    def coordinate(
+        self, off: list[str], on: list[str], are_one: tuple[bool | None, bool | None], how: Any
+    ) -> Any:
+        """Moves models wherever they are. The results are shaped as the caller named the models: see ``control``."""
+        results = self._cluster.move(off, on, How(**how))
+        sides = [
+            _shaped([results[each] for each in ids], is_one)
+            for ids, is_one in zip((off, on), are_one, strict=True)
+            if is_one is not None
+        ]
+        return sides[0] if len(sides) == 1 else tuple(sides)
+
+    def hibernate_all(self, actor_ids: list[str], is_one: bool, how: Any) -> Any:
+        results = self._cluster.hibernate(actor_ids, How(**how))
+        return _shaped([results[each] for each in actor_ids], is_one)
+
+    def status_all(self, actor_ids: list[str], is_one: bool) -> Any:
+        results = self._cluster.status(actor_ids)
+        return _shaped([results[each] for each in actor_ids], is_one)
 
     def _about(self, actor_id: str) -> About:
         about = About.read(actor_id)

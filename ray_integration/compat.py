@@ -93,3 +93,9 @@ def is_cancelled() -> bool:
         return bool(ray.get_runtime_context().is_canceled())
     except RuntimeError:
         return False
+
+
+def living_nodes() -> list[str]:
+    """The ids of the cluster's nodes. (``ray.nodes`` is public, but has no types.)"""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [str(node["NodeID"]) for node in nodes if node["Alive"]]

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 from gpusched import errors
 from gpusched.client import GpuSched
 from ray_integration import answering, places
+from ray_integration.errors import DrainTimeout
 from ray_integration.places import About
 
 T = TypeVar("T")
@@ -71,7 +72,10 @@ class ProxyLine:
             return None
         answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:
-            raise errors.from_wire(answer)
+            error = errors.from_wire(answer)
+            if isinstance(error, errors.DeadlineExceeded):
+                raise DrainTimeout(*error.args)
+            raise error
         return answer
 
     def close(self) -> None:
@@ -169,37 +173,41 @@ def move(
 # -- room by evicting -------------------------------------------------------------------------------
 
 
-def bring_on(client: GpuSched, about: About) -> None:
-    """Thaws a model; while there is no room, idle ones on its GPUs go off for it, the longest idle first.
+def bring_on(client: GpuSched, models: Sequence[About], *, evict: bool = True) -> None:
+    """Thaws models as one; while there is no room, idle ones on their GPUs go off for them, the longest idle first.
 
     Only models of this node whose proxies say that no call is under way or waits. Raises InsufficientGpuMemory when
     that does not suffice; nobody has moved then.
     """
     victims: list[About] = []
-    candidates: list[About] | None = None
+    candidates: list[About] | None = None if evict else []
     while True:
         try:
-            move(client, victims, [about], timeout_s=0.0)
+            move(client, victims, models, timeout_s=0.0)
         except errors.InsufficientGpuMemory:
             if candidates is None:
-                candidates = _idle_neighbours(client, about)
+                candidates = _idle_neighbours(client, models)
             if not candidates:
                 raise
             victims.append(candidates.pop(0))
+        except DrainTimeout:  # not idle any more
+            victims.pop()
         else:
             return
 
 
-def _idle_neighbours(client: GpuSched, about: About) -> list[About]:
-    """Other models on its GPUs that nobody uses, the longest idle first."""
+def _idle_neighbours(client: GpuSched, models: Sequence[About]) -> list[About]:
+    """Other models on their GPUs that nobody uses or leases, the longest idle first."""
+    gpus = {gpu for about in models for gpu in about.gpus}
+    own = {about.actor_id for about in models}
     active = {
         found["name"]
         for found in client.processes()
-        if found["state"] == "active" and set(found["gpus"]) & set(about.gpus)
+        if found["state"] == "active" and set(found["gpus"]) & gpus and not found["leases"]
     }
     idle: list[tuple[float, About]] = []
-    for other in places.models(about.node_id):
-        if other.actor_id == about.actor_id or other.name not in active:
+    for other in places.models(models[0].node_id):
+        if other.actor_id in own or other.name not in active:
             continue
         found = proxy_status(other)
         if found is not None and found["idle_s"] > 0:

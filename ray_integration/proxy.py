@@ -269,7 +269,7 @@ class Proxy:
 
     def _perform_thaw(self, done: Future[None]) -> None:
         try:
-            exchange.bring_on(self._client, self.about)
+            exchange.bring_on(self._client, [self.about])
         except BaseException as error:  # noqa: BLE001 - told to those who wait
             done.set_exception(error)
         else:
