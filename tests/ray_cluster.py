@@ -59,15 +59,58 @@ def cluster(ray_daemon: PrivateDaemon) -> Iterator[PrivateDaemon]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        wait_until(
-            lambda: not [n for n in names(ray_daemon) if not n.startswith("ray-keeper")],
-            within_s=15,
-            what="the keeper has ended every host of the cluster",
-        )
+        await_no_hosts(ray_daemon, within_s=15)  # the keeper's doing
 
 
 def names(daemon: PrivateDaemon) -> list[str]:
     return [process["name"] for process in daemon.client().processes()]
+
+
+def get(ref: Any, timeout: float = 30.0) -> Any:
+    import ray
+
+    return ray.get(ref, timeout=timeout)
+
+
+def states(*handles: Any) -> list[str]:
+    """What the daemon says of each model's host."""
+    from ray_integration import status
+
+    return [each["state"] for each in get(status(list(handles)))]
+
+
+@pytest.fixture
+def make(cluster: PrivateDaemon) -> Iterator[Callable[..., Any]]:
+    """Makes models on GPU 0; they are killed afterwards, and their hosts are gone soon after."""
+    import ray
+
+    from ray_integration import freezable
+    from ray_models import Model
+
+    made: list[Any] = []
+
+    def model(name: str, vram: int = 0, cls: type = Model, **options: Any) -> Any:
+        actor = freezable(gpus=[0], **options)(cls)
+        handle = actor.options(name=name).remote(**({"vram_bytes": vram} if vram else {}))
+        made.append(handle)
+        get(handle.__ray_ready__.remote())
+        return handle
+
+    yield model
+    for handle in made:
+        ray.kill(handle)
+    made.clear()
+    await_no_hosts(cluster)
+
+
+def await_no_hosts(daemon: PrivateDaemon, *prefixes: str, within_s: float = 10.0) -> None:
+    """Waits until no host (of such a name) is left; the keeper is none."""
+
+    def left() -> list[str]:
+        found = [name for name in names(daemon) if not name.startswith("ray-keeper")]
+        return [name for name in found if name.startswith(prefixes or "")]
+
+    wait_until(lambda: not left(), within_s=within_s, what="every host of a dead actor is gone")
 
 
 @pytest.fixture

@@ -109,6 +109,12 @@ class Model:
     def echo(self, value: Any) -> Any:
         return value
 
+    def crash_once(self, flag: str) -> str:
+        if not Path(flag).exists():
+            Path(flag).touch()
+            os._exit(7)
+        return "the second time"
+
     def crash(self) -> None:
         os._exit(7)
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from daemons import PrivateDaemon
+from ray_cluster import get
 from ray_integration import HostError, freezable
 from ray_models import AsyncModel, Model
 
@@ -23,10 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 @pytest.fixture(scope="module")
 def model(cluster: PrivateDaemon) -> Any:
     return freezable(Model).options(num_gpus=0.1, name="calls").remote(start=5)
-
-
-def get(ref: Any, timeout: float = 30.0) -> Any:
-    return ray.get(ref, timeout=timeout)
 
 
 def test_a_call_gives_a_reference_and_state_stays_in_the_host(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import ray
 
 from daemons import PrivateDaemon, wait_until
 from gpusched import errors
+from ray_cluster import get, states
 from ray_integration import (
     DrainTimeout,
     ModelFrozen,
     Phases,
-    freezable,
     freeze,
     group,
     hibernate,
@@ -32,35 +32,10 @@ MIB = 2**20
 LARGE = 300 * MIB
 
 
-def get(ref: Any, timeout: float = 30.0) -> Any:
-    return ray.get(ref, timeout=timeout)
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Any]]:
-    """Makes models on GPU 0; they are killed afterwards."""
-    made = []
-
-    def model(name: str, vram: int = 0, cls: type = Model, **options: Any) -> Any:
-        actor = freezable(gpus=[0], **options)(cls)
-        handle = actor.options(name=name).remote(**({"vram_bytes": vram} if vram else {}))
-        made.append(handle)
-        get(handle.__ray_ready__.remote())
-        return handle
-
-    yield model
-    for handle in made:
-        ray.kill(handle)
-
-
 @pytest.fixture
 def pair(make: Callable[..., Any]) -> tuple[Any, Any]:
     """Two that do not fit together: the first is off, the second on."""
     return make("off", LARGE, start_frozen=True), make("on", LARGE)
-
-
-def states(*handles: Any) -> list[str]:
-    return [each["state"] for each in get(status(list(handles)))]
 
 
 def test_twenty_calls_on_a_frozen_model_run_in_their_order_after_the_thaw(
@@ -245,22 +220,28 @@ def test_phases_bring_exactly_their_models_on(
         phases.phase("eval")
 
 
-def test_hibernate_answers_unsupported_or_brings_the_model_back(
-    make: Callable[..., Any],
-) -> None:
+@pytest.mark.criu
+def test_a_model_on_disk_comes_back_with_its_state_and_its_calls(make: Callable[..., Any]) -> None:
     model = make("cold", 8 * MIB)
     get(model.add.remote(5))
-    try:
-        gone = get(hibernate(model))
-    except errors.Unsupported:
-        assert get(model.add.remote(0)) == 5
-        return
-    assert gone["tier"] == "disk"
+    assert get(hibernate(model))["tier"] == "disk"
+    assert states(model) == ["hibernated"]
     ref = model.add.remote(1)
     assert ray.wait([ref], timeout=0.3)[0] == []
     assert get(thaw(model))["from_tier"] == "disk"
     assert get(ref) == 6
     assert get(model.contents.remote()) == b"first bytes"
+
+
+def test_what_the_node_cannot_do_is_unsupported_and_changes_nothing(
+    make: Callable[..., Any],
+) -> None:
+    model = make("warm", 8 * MIB, isolate=False)
+    get(model.add.remote(5))
+    with pytest.raises(errors.Unsupported):
+        get(hibernate(model))
+    assert states(model) == ["active"]
+    assert get(model.add.remote(0)) == 5
 
 
 def test_what_is_no_model_is_named(make: Callable[..., Any], cluster: PrivateDaemon) -> None:
