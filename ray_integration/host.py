@@ -27,7 +27,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from ray_integration import lanes, pickling
+from ray_integration import direct, lanes, pickling
 from ray_integration.buffers import BufferPool
 from ray_integration.frames import ConnectionLost, Frame, FrameSocket, Kind, check_peer
 from ray_integration.lanes import Model
@@ -51,6 +51,7 @@ class Host:
 
     def __init__(self, directory: Path) -> None:
         self._pool = BufferPool()
+        self._token = direct.Token()
         self._model: Model | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main_lanes: queue.SimpleQueue[FrameSocket] = queue.SimpleQueue()
@@ -93,7 +94,7 @@ class Host:
             assert hello.kind is Kind.HELLO
             lane = hello.load()
             ready = self._model is not None
-            link.send(Kind.WELCOME, 0, {"pid": os.getpid(), "ready": ready})
+            link.send(Kind.WELCOME, 0, {"ready": ready, "shown": self._token.shown()})
         except ConnectionLost:
             link.close()
             return

@@ -65,18 +65,23 @@ class Links:
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                sock.connect(str(self._path))
-                check_peer(sock)
-                link = FrameSocket(sock, self._pool)
-                link.send(Kind.HELLO, 0, lane)
-                frame = link.receive()
-                assert frame is not None
-                return link, frame.load()
+                return self._greet(sock, lane)
             except (OSError, ConnectionLost) as error:
                 sock.close()
                 if time.monotonic() >= deadline:
                     raise HostLost(f"no host answers at {self._path}: {error}") from error
             time.sleep(0.01)
+
+    def _greet(self, sock: socket.socket, lane: str) -> tuple[FrameSocket, dict[str, Any]]:
+        sock.connect(str(self._path))
+        check_peer(sock)
+        link = FrameSocket(sock, self._pool)
+        link.send(Kind.HELLO, 0, lane)
+        frame = link.receive()
+        assert frame is not None
+        welcome: dict[str, Any] = frame.load()
+        link.reach(welcome["shown"])
+        return link, welcome
 
     def drop(self) -> None:
         """Closes every connection, and frees the buffers. No call may be under way."""
