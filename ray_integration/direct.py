@@ -8,14 +8,29 @@ the kernel's word (SO_PEERCRED), and it is proved by reading a token there.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import secrets
 import socket
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final
 
 _TOKEN_BYTES: Final = 16
+#: One thread copies at least so much, and at most so many copy one buffer.
+_PART_BYTES: Final = 8 * 1024 * 1024
+_MAX_THREADS: Final = 4
+
+
+@functools.cache
+def _threads() -> int:
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+@functools.cache
+def _executor() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MAX_THREADS - 1, thread_name_prefix="gpusched-copy")
 
 
 class _Iovec(ctypes.Structure):
@@ -77,10 +92,25 @@ class Peer:
             self._copy(_libc.process_vm_writev, source, address)
 
     def _copy(self, function: ctypes._FuncPointer, own: memoryview, address: int) -> None:
-        at, done = address_of(own), 0
-        while done < own.nbytes:  # a call copies at most 2 GiB
-            here = _Iovec(at + done, own.nbytes - done)
-            there = _Iovec(address + done, own.nbytes - done)
+        at, size = address_of(own), own.nbytes
+        part = max(_PART_BYTES, -(-size // _threads()))
+        parts = [(start, min(part, size - start)) for start in range(0, size, part)]
+        waiting = [
+            _executor().submit(self._copy_part, function, at + start, address + start, length)
+            for start, length in parts[1:]
+        ]
+        try:
+            self._copy_part(function, at, address, parts[0][1])
+        finally:
+            wait(waiting)  # they use the buffer
+        for each in waiting:
+            each.result()
+
+    def _copy_part(self, function: ctypes._FuncPointer, own: int, address: int, size: int) -> None:
+        done = 0
+        while done < size:  # a call copies at most 2 GiB
+            here = _Iovec(own + done, size - done)
+            there = _Iovec(address + done, size - done)
             copied = function(self.pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
             if copied <= 0:
                 number = ctypes.get_errno()
