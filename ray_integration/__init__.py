@@ -16,6 +16,8 @@ _HOME = {
     "group": "groups",
     "hibernate": "control",
     "on_gpu": "phases",
+    "on_gpu_of": "accounting",
+    "place_models": "accounting",
     "status": "control",
     "swap": "control",
     "thaw": "control",

@@ -20,6 +20,7 @@ from gpusched import errors
 from gpusched.client import GpuSched
 from ray_integration import compat, exchange, keeper, places
 from ray_integration.cluster import Cluster, How
+from ray_integration.metrics import NodeMetrics
 from ray_integration.places import About
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ NAMESPACE: Final = "gpusched"
 #: Calls that one agent serves at a time: moves wait for calls to end, and looks must not wait for moves.
 _CONCURRENCY: Final = 32
 _LOOK_S: Final = 0.5
+_METRICS_S: Final = 5.0
 _LOCK_TIMEOUT_S: Final = 20.0
 
 
@@ -66,6 +68,7 @@ class NodeAgent:
             time.sleep(0.05)
         self._lock = lock
         self._cluster = Cluster(handle)
+        self._metrics = NodeMetrics()
         threading.Thread(target=self._reap, name="gpusched-reap", daemon=True).start()
 
     def node_id(self) -> str:
@@ -91,14 +94,21 @@ class NodeAgent:
     ) -> dict[str, dict[str, Any]]:
         """Moves models of this node, by actor id, as one operation. Returns what the daemon says of each."""
         sides = [[self._about(each) for each in side] for side in (off, on)]
-        answer = exchange.move(self._client, *sides, drain=drain, timeout_s=timeout_s, force=force)
+        op = "swap" if off and on else "freeze" if off else "thaw"
+        with self._metrics.move(op):
+            answer = exchange.move(
+                self._client, *sides, drain=drain, timeout_s=timeout_s, force=force
+            )
         results = dict(zip([*off, *on], [*answer["off"], *answer["on"]], strict=True))
         return {actor_id: dict(result) for actor_id, result in results.items()}
 
     def hibernate(self, actor_id: str, *, timeout_s: float, force: bool) -> dict[str, Any]:
         """Saves one model to disk. Its calls under way must end first: a connection cannot be saved."""
         about = self._about(actor_id)
-        with exchange.prepared([about], drain=True, timeout_s=timeout_s):
+        with (
+            self._metrics.move("hibernate"),
+            exchange.prepared([about], drain=True, timeout_s=timeout_s),
+        ):
             result = exchange.insist(lambda: self._client.hibernate(about.name, force=force))
             exchange.settle([about], on_gpu=False)
         return dict(result)
@@ -146,12 +156,19 @@ class NodeAgent:
     # -- hosts whose actors are dead ------------------------------------------------------------
 
     def _reap(self) -> None:
+        due_s = 0.0
         while True:
             time.sleep(_LOOK_S)
             try:
-                for about in places.models(self._node_id):
+                found = list(places.models(self._node_id))
+                for about in found:
                     if not about.proxy_lives and self._is_over(about):
                         log.warning("%s", keeper.end_host(about))
+                if time.monotonic() >= due_s:
+                    due_s = time.monotonic() + _METRICS_S
+                    self._metrics.show(self._client.processes(), {each.name for each in found})
+            except errors.Unavailable:
+                continue  # no daemon at the moment
             except (
                 Exception
             ):  # the next look is the better try; without this thread hosts would stay
