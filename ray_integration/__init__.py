@@ -22,6 +22,7 @@ _HOME = {
     "swap": "control",
     "thaw": "control",
     "DrainTimeout": "errors",
+    "HookFailed": "errors",
     "HostError": "errors",
     "HostLost": "errors",
     "ModelFrozen": "errors",

@@ -7,6 +7,7 @@ parameters, that passes the call on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 import ray
 
 from ray_integration import compat
+from ray_integration.hooks import NAMES
 from ray_integration.host import has_async_methods
 from ray_integration.proxy import OnFrozen, Proxy, Settings
 
@@ -95,6 +97,11 @@ def _make_actor_class(
             "freezable(num_gpus=1, max_restarts=2)"
         )
     is_async = has_async_methods(cls)
+    settings = dataclasses.replace(
+        settings,
+        hooks=tuple(name for name in NAMES if hasattr(cls, name)),
+        hook_lane="thread" if is_async else "main",
+    )
     members: dict[str, Any] = {
         name: _forwarding(name, method, is_async=is_async, takes_self=_takes_self(cls, name))
         for name, method in inspect.getmembers(cls, _is_method)

@@ -107,10 +107,10 @@ class NodeAgent:
         about = self._about(actor_id)
         with (
             self._metrics.move("hibernate"),
-            exchange.prepared([about], drain=True, timeout_s=timeout_s),
+            exchange.prepared([about], drain=True, timeout_s=timeout_s) as held,
         ):
             result = exchange.insist(lambda: self._client.hibernate(about.name, force=force))
-            exchange.settle([about], on_gpu=False)
+            held.settle()
         return dict(result)
 
     def status(self, actor_ids: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -67,7 +67,8 @@ class _Conversation:
         except (OSError, ValueError):
             pass  # the agent is gone, which ends its hold
         finally:
-            self._release(on_gpu=None)
+            with contextlib.suppress(errors.GpuschedError):  # the host's log has it
+                self._release(on_gpu=None)
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -105,6 +106,11 @@ class _Conversation:
                 raise
             if request["disconnect"]:
                 self._proxy.links.drop()
+                try:
+                    self._proxy.hooks.before_freeze()
+                except errors.GpuschedError:
+                    self._release(on_gpu=None)
+                    raise
 
     def _settled(self, *, on_gpu: bool) -> None:
         if self._holds:

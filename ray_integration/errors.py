@@ -5,7 +5,7 @@ All survive pickling. What the daemon answers comes as the classes of ``gpusched
 
 from __future__ import annotations
 
-from gpusched.errors import DeadlineExceeded, IllegalTransition, ProcessLost
+from gpusched.errors import DeadlineExceeded, IllegalTransition, MechanismError, ProcessLost
 
 
 class ModelFrozen(IllegalTransition):
@@ -20,6 +20,10 @@ class DrainTimeout(DeadlineExceeded):
 
 class HostLost(ProcessLost):
     """The connection to the model's host process broke: the host has ended."""
+
+
+class HookFailed(MechanismError):
+    """A model's ``before_freeze`` or ``after_thaw`` raised; the message has its text."""
 
 
 class HostError(RuntimeError):

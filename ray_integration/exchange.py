@@ -20,8 +20,8 @@ from typing import Any, Final, TypeVar
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import answering, places
-from ray_integration.errors import DrainTimeout
+from ray_integration import answering, hooks, places
+from ray_integration.errors import DrainTimeout, HookFailed
 from ray_integration.places import About
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ DRAIN_TIMEOUT_S: Final = 60.0
 DAEMON_TIMEOUT_S: Final = 30.0
 _RETRY_S: Final = 0.2
 _CONNECT_TIMEOUT_S: Final = 5.0
-_ANSWER_MARGIN_S: Final = 10.0
+_ANSWER_MARGIN_S: Final = 10.0 + hooks.TIMEOUT_S
 
 
 class ProxyLine:
@@ -75,6 +75,8 @@ class ProxyLine:
             error = errors.from_wire(answer)
             if isinstance(error, errors.DeadlineExceeded):
                 raise DrainTimeout(*error.args)
+            if "hook" in error.details:
+                raise HookFailed(*error.args)
             raise error
         return answer
 
@@ -98,41 +100,61 @@ def proxy_status(about: About, timeout_s: float = 2.0) -> dict[str, Any] | None:
         line.close()
 
 
+class Held:
+    """Conversations with the proxies of models that are being moved; their calls wait until it is closed."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[ProxyLine, bool]] = []
+
+    def hold(self, models: Sequence[About], *, on_gpu: bool, **how: Any) -> None:
+        """Asks the proxies to prepare; ``on_gpu``: where the models will be. Does not wait."""
+        for about in models:
+            if (line := ProxyLine.open(about)) is not None:
+                self._lines.append((line, on_gpu))
+                line.send(do="prepare", **how)
+
+    def await_prepared(self, timeout_s: float) -> None:
+        """Raises DrainTimeout, HookFailed: then the move must not be."""
+        for line, _ in self._lines:
+            line.answer(timeout_s + _ANSWER_MARGIN_S)
+
+    def settle(self) -> None:
+        """The move is done: tells all where their models are. Raises HookFailed once all have answered; calls go on."""
+        failed: HookFailed | None = None
+        for line, on_gpu in self._lines:
+            line.send(do="settled", on_gpu=on_gpu)
+        for line, _ in self._lines:
+            try:
+                line.answer(_ANSWER_MARGIN_S)
+            except HookFailed as error:
+                failed = failed or error
+            except errors.GpuschedError:
+                continue  # the daemon's events will tell it
+        if failed is not None:
+            raise failed
+
+    def close(self) -> None:
+        for line, _ in self._lines:
+            line.close()
+
+
 @contextlib.contextmanager
 def prepared(
-    models: Sequence[About], *, drain: bool, timeout_s: float, disconnect: bool = True
-) -> Iterator[None]:
-    """Within the block the models' calls wait, and (``drain``) none is under way.
+    off: Sequence[About], on: Sequence[About] = (), *, drain: bool, timeout_s: float
+) -> Iterator[Held]:
+    """Within the block the models' calls wait, and (``drain``) none of ``off`` is under way.
 
     Raises DrainTimeout when one is still under way after ``timeout_s`` seconds; then all go on. Proxies that have
     died need no preparation: their calls are lost or will be made again by Ray.
     """
-    lines: list[ProxyLine] = []
+    held = Held()
     try:
-        for about in models:
-            if (line := ProxyLine.open(about)) is not None:
-                lines.append(line)
-                line.send(do="prepare", drain=drain, timeout_s=timeout_s, disconnect=disconnect)
-        for line in lines:
-            line.answer(timeout_s + _ANSWER_MARGIN_S)
-        yield
+        held.hold(off, on_gpu=False, drain=drain, timeout_s=timeout_s, disconnect=True)
+        held.hold(on, on_gpu=True, drain=False, timeout_s=timeout_s, disconnect=False)
+        held.await_prepared(timeout_s)
+        yield held
     finally:
-        for line in lines:
-            line.close()
-
-
-def settle(models: Sequence[About], *, on_gpu: bool) -> None:
-    """Tells the proxies where their models are now."""
-    lines = [line for about in models if (line := ProxyLine.open(about)) is not None]
-    try:
-        for line in lines:
-            line.send(do="settled", on_gpu=on_gpu)
-        for line in lines:
-            with contextlib.suppress(errors.GpuschedError):  # the daemon's events will tell it
-                line.answer(_CONNECT_TIMEOUT_S)
-    finally:
-        for line in lines:
-            line.close()
+        held.close()
 
 
 def insist(ask: Callable[[], T], timeout_s: float = DAEMON_TIMEOUT_S) -> T:
@@ -160,13 +182,12 @@ def move(
 
     Returns {"off": [a result for each], "on": [...], "duration_ms"}.
     """
-    with prepared(off, drain=drain, timeout_s=timeout_s):
+    with prepared(off, on, drain=drain, timeout_s=timeout_s) as held:
         names = [about.name for about in off], [about.name for about in on]
         answer: dict[str, Any] = insist(
             lambda: client.call("swap", off=names[0], on=names[1], force=force or None)
         )
-        settle(off, on_gpu=False)
-        settle(on, on_gpu=True)
+        held.settle()
     return answer
 
 

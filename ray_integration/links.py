@@ -165,6 +165,20 @@ class Links:
             self._lanes[thread] = link
         return link
 
+    def call_apart(self, method: str, lane: str) -> Any:
+        """One call without arguments on a connection that it alone has; no other may be there for lane ``main``."""
+        with self._lost_host():
+            link, _ = self.connect(lane)
+            try:
+                ident = next(self._idents)
+                link.send(Kind.CALL, ident, (method, (), {}, False))
+                frame = self._answer(link, ident, lambda: False)
+            finally:
+                link.close()
+            if frame.kind is Kind.ERROR:
+                raise_error(frame)
+            return frame.load()
+
     def release_main(self) -> None:
         """The constructor's thread need not be the one that calls methods later."""
         with self._lock:

@@ -28,6 +28,7 @@ from ray_integration import answering, compat, exchange, hosting, places, tendin
 from ray_integration.errors import HostLost, ModelFrozen
 from ray_integration.frames import Kind
 from ray_integration.gate import POLL_S, Gate, State
+from ray_integration.hooks import Hooks
 from ray_integration.host import HOST_SOCKET
 from ray_integration.links import Links
 from ray_integration.places import About
@@ -47,6 +48,9 @@ class Settings:
     isolate: bool | None = None
     start_frozen: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+    #: Which of ``hooks.NAMES`` the class has, and on which lane they run.
+    hooks: tuple[str, ...] = ()
+    hook_lane: str = "main"
 
 
 class Proxy:
@@ -77,6 +81,7 @@ class Proxy:
         self._is_on_gpu = False
         self._thaw: Future[None] | None = None
         self._thaw_lock = threading.Lock()
+        self.hooks = Hooks(self.links, directory, settings.hooks, settings.hook_lane)
 
     def __repr__(self) -> str:
         return f"<Proxy of {self.about.name} {self.gate!r}>"
@@ -129,7 +134,13 @@ class Proxy:
         """The model is, or is not, on its GPU now."""
         with self._state_lock:
             self._is_on_gpu = on_gpu
-            self._settle()
+            is_held = self._holds > 0
+        try:
+            if on_gpu and not is_held:
+                self.hooks.after_thaw()
+        finally:
+            with self._state_lock:
+                self._settle()
 
     def hold(self) -> None:
         """Calls wait from here on, until as many ``unhold`` follow."""
@@ -138,15 +149,19 @@ class Proxy:
             self._settle()
 
     def unhold(self, *, on_gpu: bool | None) -> None:
-        """``on_gpu``: what is known by now; None where the daemon must be asked."""
-        with self._state_lock:
-            self._holds -= 1
-            if on_gpu is not None:
-                self._is_on_gpu = on_gpu
-            self._settle()
+        """``on_gpu``: what is known by now; None where the daemon must be asked. Raises HookFailed; calls go on."""
         if on_gpu is None:
             with contextlib.suppress(errors.GpuschedError):  # the daemon's events will tell
                 watching.look(self, self._client)
+        else:
+            self._is_on_gpu = on_gpu
+        try:
+            if self._is_on_gpu and self._holds == 1:
+                self.hooks.after_thaw()
+        finally:
+            with self._state_lock:
+                self._holds -= 1
+                self._settle()
 
     def _settle(self) -> None:
         if self._holds:

@@ -6,11 +6,13 @@ asks the daemon. Without a daemon the last that was known holds; the thread goes
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Final
 
 from gpusched import errors, types
 from gpusched.client import GpuSched
+from ray_integration.errors import HookFailed
 from ray_integration.hosting import find
 
 if TYPE_CHECKING:
@@ -54,7 +56,10 @@ def _apply(proxy: Proxy, found: types.ProcessStatus | None) -> None:
         return  # a daemon that knows nothing of it: the connection to the host will tell
     match found["state"]:
         case "active":
-            proxy.learn(on_gpu=True)
+            try:
+                proxy.learn(on_gpu=True)
+            except HookFailed as error:  # nobody waits for it; calls go on
+                print(f"gpusched: {proxy.about.name}: {error}", file=sys.stderr)  # noqa: T201
         case "frozen" | "hibernated":
             proxy.learn(on_gpu=False)
         case "dead":

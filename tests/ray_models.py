@@ -141,3 +141,37 @@ class AsyncModel:
 
     def plain(self) -> tuple[int, str]:
         return self.cancelled, threading.current_thread().name
+
+
+class Rank:
+    """One of two ranks: its hooks wait for the other's, as collective operations do, and can be told to fail."""
+
+    def __init__(self, rank: int, directory: str) -> None:
+        self.rank = rank
+        self.directory = Path(directory)
+        self.said: list[str] = []
+        self.fails: str | None = None
+
+    def before_freeze(self) -> None:
+        self._meet("before_freeze")
+
+    def after_thaw(self) -> None:
+        self._meet("after_thaw")
+
+    def _meet(self, name: str) -> None:
+        if self.fails == name:
+            raise RuntimeError(f"rank {self.rank} is told to fail")
+        self.said.append(f"{name} on {threading.current_thread().name}")
+        mine = self.directory / f"{name}-{len(self.said)}"
+        mine.with_suffix(f".{self.rank}").touch()
+        deadline = time.monotonic() + 10
+        while not mine.with_suffix(f".{1 - self.rank}").exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {1 - self.rank} did not come to {name}")
+            time.sleep(0.01)
+
+    def fail(self, name: str | None) -> None:
+        self.fails = name
+
+    def history(self) -> list[str]:
+        return self.said
