@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import compat, exchange, keeper, places
+from ray_integration import compat, exchange, keeper, places, tending
 from ray_integration.cluster import Cluster, How
 from ray_integration.metrics import NodeMetrics
 from ray_integration.places import About
@@ -161,6 +161,8 @@ class NodeAgent:
             time.sleep(_LOOK_S)
             try:
                 found = list(places.models(self._node_id))
+                if found:
+                    tending.ensure_keeper(self._client, self._node_id)
                 for about in found:
                     if not about.proxy_lives and self._is_over(about):
                         log.warning("%s", keeper.end_host(about))

@@ -21,8 +21,9 @@ from ray_integration.places import About
 #: Seconds that proxy and agent must both be gone: a restarting agent or proxy is back by then, or its node is not.
 GRACE_S: Final = 4.0
 _LOOK_S: Final = 0.5
-#: Seconds without any model after which it ends.
+#: Seconds without any model after which it ends; and without an agent too, which will not make any.
 _LINGER_S: Final = 30.0
+_LINGER_ALONE_S: Final = 2.0
 _DAEMON_TIMEOUT_S: Final = 5.0
 
 
@@ -34,7 +35,8 @@ def main(node_id: str) -> None:
     say(f"keeping the hosts of node {node_id}")
     alone_since: dict[str, float] = {}
     last_needed = time.monotonic()
-    while time.monotonic() - last_needed < _LINGER_S:
+    agent_lives = True
+    while time.monotonic() - last_needed < (_LINGER_S if agent_lives else _LINGER_ALONE_S):
         agent_lives = places.is_locked(places.agent_lock(node_id))
         for about in places.models(node_id):
             last_needed = time.monotonic()
@@ -45,6 +47,14 @@ def main(node_id: str) -> None:
             if time.monotonic() - since > GRACE_S:
                 say(end_host(about))
         time.sleep(_LOOK_S)
+    say("nothing is left to keep")
+    places.keeper_lock(node_id).unlink(missing_ok=True)
+    if not agent_lives:
+        places.agent_lock(node_id).unlink(missing_ok=True)
+    with contextlib.suppress(errors.GpuschedError), GpuSched(timeout_s=_DAEMON_TIMEOUT_S) as client:
+        client.kill(
+            places.keeper_name(node_id), force=True
+        )  # ourselves: else the name stays in status
 
 
 def end_host(about: About) -> str:

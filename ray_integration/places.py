@@ -131,6 +131,11 @@ def is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
+def keeper_name(node_id: str) -> str:
+    """What the daemon calls a node's keeper."""
+    return process_name("ray-keeper", node_id)
+
+
 def process_name(label: str, ident: str) -> str:
     """A name for the daemon: what people call the model, and enough of its id to be the only one."""
     clean = _NAME_CHARACTERS.sub("-", label).strip("-._")[:48] or "model"

@@ -24,7 +24,7 @@ from ray.exceptions import TaskCancelledError
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import answering, compat, exchange, hosting, places, tending, watching
+from ray_integration import agent, answering, compat, exchange, hosting, places, tending, watching
 from ray_integration.errors import HostLost, ModelFrozen
 from ray_integration.frames import Kind
 from ray_integration.gate import POLL_S, Gate, State
@@ -100,7 +100,8 @@ class Proxy:
             self._make(pickled_class, args, kwargs)
         answering.serve(self)
         watching.watch(self)
-        tending.ensure(self._client, self.about)
+        tending.ensure_keeper(self._client, self.about.node_id)
+        agent.handle(self.about.node_id)
 
     def _make(self, pickled_class: bytes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         options = {"evictable": self._settings.evictable, "isolate": self._settings.isolate}

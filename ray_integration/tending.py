@@ -1,4 +1,4 @@
-"""What a node needs for its models: the agent that moves them, and the keeper for when that is gone."""
+"""Starting a node's keeper: by the first proxy, and by the agent where it has ended for want of models."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import contextlib
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import agent, hosting, places
-from ray_integration.places import About
+from ray_integration import hosting, places
 
 
-def ensure(client: GpuSched, about: About) -> None:
-    """Starts what is not there yet; does not wait for it. Raises what the daemon's ``run`` raises."""
-    if not places.is_locked(places.keeper_lock(about.node_id)):
-        start = places.base() / f"node-{about.node_id}.json"
-        with contextlib.suppress(errors.AlreadyExists):  # another proxy is doing the same
-            client.run(
-                places.process_name("ray-keeper", about.node_id),
-                hosting.command(start, "keeper", about.node_id),
-                isolate=False,  # it is to see the host's processes, and never to be saved to disk
-            )
-    agent.handle(about.node_id)
+def ensure_keeper(client: GpuSched, node_id: str) -> None:
+    """Starts it if it is not there; does not wait for it. Raises what the daemon's ``run`` raises."""
+    if places.is_locked(places.keeper_lock(node_id)):
+        return
+    start = places.base() / f"node-{node_id}.json"
+    with contextlib.suppress(errors.AlreadyExists):  # somebody else is doing the same
+        client.run(
+            places.keeper_name(node_id),
+            hosting.command(start, "keeper", node_id),
+            isolate=False,  # it is to see the host's processes, and never to be saved to disk
+        )
