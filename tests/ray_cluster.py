@@ -20,7 +20,7 @@ GPUS = 2
 @pytest.fixture(scope="session")
 def ray_daemon() -> Iterator[PrivateDaemon]:
     """The daemon of the shared cluster. Its end proves that no host and no keeper is left but by its hand."""
-    daemon = PrivateDaemon(gpus=GPUS, vram="512M")
+    daemon = PrivateDaemon(gpus=GPUS, vram="128M")
     try:
         daemon.start()
         yield daemon
@@ -30,7 +30,7 @@ def ray_daemon() -> Iterator[PrivateDaemon]:
 
 @pytest.fixture(scope="session")
 def cluster(ray_daemon: PrivateDaemon) -> Iterator[PrivateDaemon]:
-    """Ray on this machine, with the daemon's GPUs, token authentication on (its default for a local cluster)."""
+    """Ray on this machine, with the daemon's GPUs, token authentication on (also its default for a local cluster)."""
     import ray
 
     variables = {

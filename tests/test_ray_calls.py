@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -195,3 +196,19 @@ def test_what_is_no_ordinary_class_is_refused() -> None:
         freezable(ray.remote(Model))
     with pytest.raises(ValueError, match="'queue', 'thaw' or 'raise'"):
         freezable(on_frozen="wait")
+
+
+@pytest.mark.slow  # Ray tries for a long time
+def test_all_this_is_with_token_authentication_on(cluster: PrivateDaemon) -> None:
+    """Which is Ray's default for a local cluster: without the token nobody gets in."""
+    address = ray.get_runtime_context().gcs_address
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import ray; ray.init(address={address!r})"],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert "InvalidAuthToken" in ended.stderr

@@ -29,7 +29,7 @@ from ray_models import AsyncModel, Model
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 MIB = 2**20
 #: Two of these do not fit on one of the cluster's GPUs.
-LARGE = 300 * MIB
+LARGE = 75 * MIB
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from daemons import processes_naming, wait_until
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # a Ray of its own; CI runs the whole demonstration
 def test_a_ctrl_c_ends_the_loop_its_ray_and_its_daemon() -> None:
     with tempfile.TemporaryDirectory(prefix="d-", dir="/tmp") as base:
         program = [sys.executable, "-m", "ray_integration.demo", "--plot", f"{base}/demo.png"]

@@ -49,15 +49,8 @@ def test_every_example_is_tested_short_and_listed() -> None:
     assert [path.name for path in EXAMPLES if len(path.read_text().splitlines()) >= 120] == []
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        # Each has a Ray of its own, which takes its time to start: one of them is enough for every change.
-        pytest.param(path, marks=[] if path.name == "reward_swap.py" else pytest.mark.slow)
-        for path in EXAMPLES
-    ],
-    ids=lambda path: path.name,
-)
+@pytest.mark.slow  # a Ray of its own for each
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_does_what_it_says_and_leaves_nothing(
     example: Path, daemon: PrivateDaemon
 ) -> None:

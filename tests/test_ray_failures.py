@@ -21,7 +21,7 @@ from ray_integration import freeze, status, swap, thaw
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 MIB = 2**20
-LARGE = 300 * MIB
+LARGE = 75 * MIB
 #: "Hosts gone within 10 s of their actor's final death."
 GONE_S = 10.0
 
@@ -193,6 +193,7 @@ def _goes_on(cluster: PrivateDaemon) -> None:
     await_no_hosts(cluster, "stays", within_s=GONE_S)
 
 
+@pytest.mark.slow  # a Ray of its own
 def test_the_hosts_of_a_cluster_that_is_gone_end_without_ray(cluster: PrivateDaemon) -> None:
     """Nobody is left who could ask Ray: the keeper acts."""
     options = {"num_cpus": 2, "include_dashboard": False}

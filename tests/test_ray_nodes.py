@@ -13,6 +13,7 @@ from ray_three_nodes import ENVIRONMENT
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # three nodes take their time to start
 def test_three_nodes_with_a_daemon_each() -> None:
     ended = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "ray_three_nodes.py")],
