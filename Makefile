@@ -35,8 +35,8 @@ else
 endif
 	@touch $@
 
-demo: $(READY) ## two models that do not fit together share a GPU by turns (simulated where there is none)
-	$(BIN)/python -m gpusched.demo $(ARGS)
+demo: $(READY) ## an RLHF loop in Ray whose models do not fit together share a GPU by turns (simulated where there is none)
+	$(BIN)/python -m ray_integration.demo $(ARGS)
 
 criu: ## a CRIU of its own in PREFIX (.criu), for the disk tier; ARCHIVE=URL names the Debian archive to take it from
 	@./scripts/make_criu.sh $(if $(ARCHIVE),--archive '$(ARCHIVE)') '$(or $(PREFIX),.criu)'

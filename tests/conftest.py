@@ -17,6 +17,10 @@ from daemons import ROOT, PrivateDaemon
 from gpusched.mechanisms.criu import program
 from gpusched.mechanisms.criu.program import Program
 
+pytest_plugins = ["ray_cluster"]
+if importlib.util.find_spec("ray") is None:
+    collect_ignore_glob = ["test_ray_*.py"]  # they import it
+
 #: Seconds for one test and its fixtures; a hung test fails with every thread's stack.
 TIMEOUT_S = 120.0
 SOAK_TIMEOUT_S = 3600.0

@@ -121,7 +121,9 @@ def gpu_with_free_mib(free: int) -> Any:
     return SimpleNamespace(gpu_free_mb=lambda _gpu: free)
 
 
-@pytest.mark.parametrize("program", ["freeze_thaw.py", "cold_start.py", "hibernate.py"])
+@pytest.mark.parametrize(
+    "program", ["freeze_thaw.py", "cold_start.py", "hibernate.py", "ray_calls.py"]
+)
 def test_a_rehearsal_without_a_directory_of_its_own_is_refused(program: str) -> None:
     ended = run(program, "--rehearse")
     assert ended.returncode == 2
@@ -140,6 +142,20 @@ def test_hibernate_measures_every_way_to_disk_and_back(tmp_path: Path, criu: Pro
     measured = json.loads(path.read_text())["measured"]
     assert measured["save"]["share_of_disk"] > 0 < measured["revive"]["share_of_disk"]
     assert set(measured["fork_ms"]) == {"1", "2"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_calls_measures_plain_and_hosted_actors(tmp_path: Path) -> None:
+    ended = run(
+        *("ray_calls.py", "--rehearse", "--calls", "20", "--mib", "2", "--rounds", "1"),
+        *("--out", tmp_path),
+    )
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["hosted"]["tiny_ms"]["median"] > 0
+    assert set(result["judged"]) >= {"tiny_over_plain_ms", "in_share_of_memcpy"}
 
 
 def test_a_rehearsals_figures_cannot_be_saved_among_the_results(tmp_path: Path) -> None:

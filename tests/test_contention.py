@@ -151,3 +151,20 @@ def test_opposite_swaps_at_once_never_leave_both_on_a_gpu_for_one(daemon: Privat
     prove_contents(daemon, off)
     for name in states:
         ask(daemon, "kill", name=name)
+
+
+def test_a_swap_with_one_empty_side_moves_several_as_one_or_none(daemon: PrivateDaemon) -> None:
+    """``left`` and ``right`` cannot be on the GPU together: neither comes on, and whoever was off stays off."""
+    for name, size in (("left", "40M"), ("right", "40M"), ("small", "8M")):
+        start(daemon, name, size)
+        if name != "small":
+            ask(daemon, "freeze", name=name)
+    with Line(daemon.socket) as line:
+        assert line.code("swap", off=[], on=["left", "right"]) == "insufficient_gpu_memory"
+        assert {process(daemon, name)["state"] for name in ("left", "right")} == {"frozen"}
+        assert [r["from_tier"] for r in line.result("swap", off=[], on=["left"])["on"]] == ["ram"]
+        off = line.result("swap", off=["left", "small"], on=[])
+        assert ([r["tier"] for r in off["off"]], off["on"]) == (["ram", "ram"], [])
+        assert line.code("swap", off=[], on=[]) == "invalid_request"
+    for name in ("left", "right", "small"):
+        ask(daemon, "kill", name=name)

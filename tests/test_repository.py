@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted(
     path
-    for folder in ("gpusched", "benchmarks", "scripts")
+    for folder in ("gpusched", "ray_integration", "benchmarks", "scripts")
     for path in (ROOT / folder).rglob("*.py")
 )
 
@@ -35,6 +35,8 @@ BREACHES = {
     "The SDK needs the standard library alone": ("gpusched.errors", "msgspec"),
     "Decisions know no user interface, driver or library": ("gpusched.protocol.codec", "rich"),
     "The domain is pure": ("gpusched.domain.states", "time"),
+    "Ray knows the SDK and nothing else of gpusched": ("ray_integration.gate", "gpusched.domain"),
+    "gpusched does not need Ray": ("gpusched.units", "ray_integration"),
 }
 
 
@@ -57,7 +59,8 @@ def lint_imports(tree: Path) -> tuple[int, str]:
 def copied_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "gpusched", tree / "gpusched", ignore=ignored)
+    for package in ("gpusched", "ray_integration"):
+        shutil.copytree(ROOT / package, tree / package, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tree)
     return tree
 

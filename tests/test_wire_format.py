@@ -156,7 +156,7 @@ def test_no_other_name_passes(name: object) -> None:
         ("freeze", {"name": "a", "force": 1}),
         ("thaw", {"name": "a", "evict": "yes"}),
         ("swap", {"off": "a"}),
-        ("swap", {"off": [], "on": "a"}),
+        ("swap", {"off": [], "on": []}),
         ("swap", {"off": ["a"] * 257, "on": "a"}),
         ("acquire", {"name": "a", "for_s": 0}),
         ("acquire", {"name": "a", "for_s": -1}),

@@ -18,7 +18,7 @@ Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 GpuIndex = Annotated[int, Meta(ge=0, le=1023)]
 Argument = Annotated[str, Meta(max_length=131072)]
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
-Names = Annotated[list[Name], Meta(min_length=1, max_length=256)]
+Names = Annotated[list[Name], Meta(max_length=256)]
 
 
 class NoParams(Struct, frozen=True):
@@ -53,7 +53,7 @@ class Thaw(Struct, frozen=True, kw_only=True):
 
 
 class Swap(Struct, frozen=True, kw_only=True):
-    """``off`` and ``on``: one name or a list.
+    """``off`` and ``on``: one name or a list. Either list may be empty: several go off, or come on, as one.
 
     A single name is checked here: msgspec 0.22 crashes at exit when a pattern stands inside a union.
     """
@@ -66,6 +66,8 @@ class Swap(Struct, frozen=True, kw_only=True):
         for name in (self.off, self.on):
             if isinstance(name, str) and not re.match(NAME_PATTERN, name):
                 raise ValueError(f"{name!r} is not a name")
+        if not self.off and not self.on:
+            raise ValueError("off and on are both empty")
 
 
 class Migrate(Struct, frozen=True, kw_only=True):

@@ -1,0 +1,177 @@
+"""Three nodes with a daemon each, on one machine: models moved over all of them while daemons and nodes come and go.
+
+A program of its own (``python ray_three_nodes.py``), because a process can be in one Ray cluster only. Ends with 0 and
+"all right", or with the first assertion that did not hold. Run by ``test_ray_nodes.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from daemons import PrivateDaemon, wait_until
+from gpusched import errors
+from gpusched.mechanisms.sim.script import Script
+from ray_cluster import await_no_hosts, get, states
+from ray_integration import freezable, freeze, status, swap, thaw
+from ray_models import Model
+
+#: Seconds of Ray's keepalive, in minutes by default: in the environment that this program is started with.
+KEEPALIVE_S = 3
+ANSWER_S = 2
+ENVIRONMENT = {
+    "RAY_grpc_client_keepalive_time_ms": str(KEEPALIVE_S * 1000),
+    "RAY_grpc_client_keepalive_timeout_ms": str(ANSWER_S * 1000),
+}
+SIZE = 40 * 2**20  # two do not fit on a node's GPU
+
+
+class Nodes:
+    """The cluster, and which daemon each node has. ``node(0)`` is the head."""
+
+    def __init__(self, daemons: list[PrivateDaemon], directory: str) -> None:
+        os.environ["GPUSCHED_RAY_DIR"] = directory
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        self.daemons = daemons
+        self._cluster: Any = Cluster()
+        self._nodes: list[Any] = [self.add(number) for number in range(len(daemons))]
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level=40)
+
+    def add(self, number: int) -> Any:
+        return self._cluster.add_node(
+            num_cpus=4,
+            num_gpus=1,
+            resources={f"node{number}": 10},
+            env_vars={"GPUSCHED_SOCKET": self.daemons[number].socket},
+            include_dashboard=False,
+        )
+
+    def kill(self, number: int) -> None:
+        """The node's raylet and everything below it, at once."""
+        self._cluster.remove_node(self._nodes[number], allow_graceful=False)
+
+    def replace(self, number: int) -> None:
+        self._nodes[number] = self.add(number)
+
+    def end(self) -> None:
+        ray.shutdown()
+        self._cluster.shutdown()
+
+    def model(self, name: str, number: int, **options: Any) -> Any:
+        made = freezable(**options)(Model)
+        handle = made.options(name=name, resources={f"node{number}": 0.1}, num_gpus=0.1).remote(
+            vram_bytes=SIZE
+        )
+        get(handle.__ray_ready__.remote())
+        return handle
+
+
+def moved_over_nodes(nodes: Nodes, a: list[Any], b: list[Any]) -> None:
+    """Freezes and thaws over three nodes, and one failure that takes all of it back."""
+    assert len({each["node_id"] for each in get(status(a))}) == 3
+    off, on = get(swap([a[0], a[1]], [b[1]]))
+    assert ([each["tier"] for each in off], on[0]["from_tier"]) == (["ram", "ram"], "ram")
+    assert states(*a, *b[1:]) == ["frozen", "frozen", "active", "active", "frozen"]
+    with pytest.raises(errors.InsufficientGpuMemory) as refused:
+        get(swap([b[1]], [a[0], a[1], b[2]]))  # b2 does not fit beside a2
+    assert refused.value.cause.details["not_undone"] == []  # type: ignore[attr-defined]
+    assert states(*a, *b[1:]) == ["frozen", "frozen", "active", "active", "frozen"]
+    get(swap([b[1]], [a[0], a[1]]))
+    assert [get(each.contents.remote()) for each in a] == [b"first bytes"] * 3
+
+
+def daemon_killed_in_the_middle(nodes: Nodes, a: list[Any], b: list[Any]) -> None:
+    script = Script(nodes.daemons[1].sim_dir)
+    script.add("checkpoint", when="middle", delay_s=0.5)
+    ref = swap(a, [b[1], b[2]])
+    wait_until(lambda: script.fired("checkpoint"), within_s=20, what="the checkpoint has begun")
+    nodes.daemons[1].kill9()
+    nodes.daemons[1].start()
+    get(ref, timeout=60)
+    assert states(*a, *b[1:]) == ["frozen", "frozen", "frozen", "active", "active"]
+    get(swap(b[1:], a))
+    assert [get(each.contents.remote()) for each in a] == [b"first bytes"] * 3
+
+
+def frozen_for_longer_than_the_keepalive(model: Any) -> None:
+    get(freeze(model))
+    refs = [model.add.remote(i) for i in range(20)]
+    time.sleep(KEEPALIVE_S + ANSWER_S + 2)
+    get(thaw(model))
+    assert get(refs) == [sum(range(i + 1)) for i in range(20)]
+    assert get(model.history.remote()) == list(range(20)), "each once, and in order"
+
+
+def node_killed_in_the_middle(nodes: Nodes, a: list[Any]) -> None:
+    """Its models are lost; the others are as they were before, and its hosts end without anybody there to ask Ray."""
+    Script(nodes.daemons[2].sim_dir).add("checkpoint", when="before", delay_s=2.0)
+    ref = freeze(a)
+    wait_until(lambda: states(a[0]) == ["frozen"], within_s=20, what="the first is off")
+    nodes.kill(2)
+    with pytest.raises((errors.Unavailable, errors.NotFound)):
+        get(ref, timeout=60)
+    assert states(a[0], a[1]) == ["active", "active"]
+    await_no_hosts(nodes.daemons[2], within_s=15)
+
+
+def node_that_joins(nodes: Nodes, a: list[Any]) -> None:
+    nodes.replace(2)
+    late = nodes.model("late", 2)
+    assert len(get(freeze([a[0], late]))) == 2
+    assert states(a[0], late) == ["frozen", "frozen"]
+    get(thaw([a[0], late]))
+    assert get(late.contents.remote()) == b"first bytes"
+
+
+@contextlib.contextmanager
+def three_nodes() -> Iterator[Nodes]:
+    daemons = [PrivateDaemon(vram="64M") for _ in range(3)]
+    nodes = None
+    with tempfile.TemporaryDirectory(prefix="gsr-", dir="/tmp") as directory:
+        try:
+            for daemon in daemons:
+                daemon.start()
+            nodes = Nodes(daemons, directory)
+            yield nodes
+        finally:
+            if nodes is not None:
+                nodes.end()
+            for daemon in daemons:
+                daemon.end()
+
+
+def main() -> None:
+    assert ENVIRONMENT.items() <= os.environ.items(), f"start it with {ENVIRONMENT}"
+    begun = time.monotonic()
+
+    def said(what: str) -> None:
+        print(f"{time.monotonic() - begun:5.1f} s: {what}", flush=True)
+
+    with three_nodes() as nodes:
+        b = [None, *(nodes.model(f"b{number}", number, start_frozen=True) for number in (1, 2))]
+        a = [nodes.model(f"a{number}", number) for number in range(3)]
+        said("five models on three nodes")
+        moved_over_nodes(nodes, a, b)
+        said("moved over three nodes, and taken back")
+        daemon_killed_in_the_middle(nodes, a, b)
+        said("a daemon killed in the middle")
+        frozen_for_longer_than_the_keepalive(a[0])
+        said("frozen for longer than the keepalive")
+        node_killed_in_the_middle(nodes, a)
+        said("a node killed in the middle")
+        node_that_joins(nodes, a)
+        said("a node that joined later")
+    said("all right")
+
+
+if __name__ == "__main__":
+    main()

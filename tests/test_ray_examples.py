@@ -1,0 +1,75 @@
+"""The examples in Ray run as they stand, each with a Ray of its own, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemons import ROOT, PrivateDaemon, wait_until
+
+pytestmark = pytest.mark.ray
+EXAMPLES = sorted((ROOT / "examples" / "in_ray").glob("*.py"))
+SAID = {
+    "reward_swap.py": (
+        r"^swapped: 150 MiB off, 150 MiB on$",
+        r"^scores: \[27, 22\]$",
+        r"^policy is frozen; its next call waits$",
+        r"^after the swap back: \['again, and so on'\]$",
+    ),
+    "two_nodes.py": (
+        r"^forward: \[20, 21\]$",
+        r"^frozen: \['ram', 'ram'\]$",
+        r"^states: \['frozen', 'frozen'\]$",
+        r"^forward: \[40, 41\]$",
+    ),
+}
+ARGUMENTS = {"two_nodes.py": ["local"]}
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[PrivateDaemon]:
+    daemon = PrivateDaemon(vram="256M")
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.end()
+
+
+def test_every_example_is_tested_short_and_listed() -> None:
+    assert {path.name for path in EXAMPLES} == set(SAID)
+    listed = re.findall(r"^\| \[in_ray/(.+?)\]", (ROOT / "examples/README.md").read_text(), re.M)
+    assert sorted(listed) == [path.name for path in EXAMPLES]
+    assert [path.name for path in EXAMPLES if len(path.read_text().splitlines()) >= 120] == []
+
+
+@pytest.mark.slow  # a Ray of its own for each
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_does_what_it_says_and_leaves_nothing(
+    example: Path, daemon: PrivateDaemon
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(example), *ARGUMENTS.get(example.name, [])],
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "GPUSCHED_SOCKET": daemon.socket,
+            "GPUSCHED_RAY_DIR": str(daemon.directory / "ray"),
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for said in SAID[example.name]:
+        assert re.search(said, ended.stdout, re.M), f"{said!r} is missing in:\n{ended.stdout}"
+    wait_until(
+        lambda: not daemon.client().processes(), within_s=25, what="hosts and keeper have ended"
+    )
