@@ -40,8 +40,8 @@ class Settings:
     ram_budget_bytes: int | None = None
     disk_budget_bytes: int = 500 * GIB
     allow_old_driver: bool = False
-    #: Whether contents go past the driver's own copy where a process allows it.
-    direct: bool = True
+    #: Whether what is run on one GPU gets the library that lets its contents go past the driver's own copy.
+    direct: bool = False
     #: Whether started trees get namespaces of their own where this machine could save them to disk.
     isolate: bool = True
     #: The CRIU to use; else the one on the PATH, or gpusched's own.

@@ -69,7 +69,10 @@ def main(settings: Settings) -> int:
     _raise_descriptor_limit()
     try:
         with _only_daemon(settings.state_dir):
-            asyncio.run(_run(settings))
+            try:
+                asyncio.run(_run(settings))
+            finally:
+                pool_home.release(settings.state_dir)
     except errors.GpuschedError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.family.value
@@ -133,7 +136,6 @@ async def _serve(settings: Settings, tasks: asyncio.TaskGroup, stop: asyncio.Eve
     notify("READY=1")
     await stop.wait()
     await _stop(engine, server, driver)
-    pool_home.release(settings.state_dir)
     journal.close()
     disk.close()
     trees.close()
@@ -247,7 +249,9 @@ def _driver_options(settings: Settings, backend: str) -> list[str]:
         ]
     if settings.allow_old_driver:
         options.append("--allow-old-driver")
-    if backend == "cuda" and settings.direct:
+    if (
+        backend == "cuda"
+    ):  # whatever the setting is now: what an earlier daemon took out must come back
         options += ["--pool-dir", str(pool_home.prepare(settings.state_dir))]
     return options
 

@@ -94,13 +94,17 @@ def start(client: GpuSched, name: str, vram: str, seed: int) -> float:
 
 
 @contextlib.contextmanager
-def private_daemon(backend: str, gpu: str | None) -> Iterator[GpuSched]:
-    """A daemon of our own in a directory of its own; both end with the block, and so does all that it runs."""
+def private_daemon(backend: str, gpu: str | None, *options: str) -> Iterator[GpuSched]:
+    """A daemon of our own in a directory of its own; both end with the block, and so does all that it runs.
+
+    ``options``: of ``gpusched daemon``, more than the necessary ones.
+    """
     base = Path(tempfile.mkdtemp(prefix="gpusched-demo-"))
     socket = base / "socket"
     command = [sys.executable, "-P", "-m", "gpusched", "--socket", str(socket), "daemon"]
     command += ["--backend", backend, "--state-dir", str(base / "state")]
     command += ["--log-dir", str(base / "log")] + (["--sim-vram", gpu] if gpu else [])
+    command += options
     with (base / "daemon.log").open("wb") as log:
         # A ctrl-C is for us alone: the daemon must be there to end what it runs.
         daemon = subprocess.Popen(

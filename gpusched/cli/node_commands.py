@@ -41,6 +41,12 @@ from gpusched.cli import output, params
     default=None,
     help="Accept drivers 570 to 579; migrate is then not there.",
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    default=None,
+    help="Move the VRAM of what is run past the driver's own copy, at the speed of the bus.",
+)
 @click.pass_context
 def daemon_command(ctx: click.Context, /, config: Path | None, **overrides: Any) -> int:
     """Run the daemon in the foreground.
