@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -128,7 +129,10 @@ def test_nothing_of_it_is_left_on_the_device(bench: Bench, program: Program) -> 
 
 def memory_files(pid: int) -> int:
     """The stand-in's physical memory that a process holds or has mapped."""
-    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(fd.readlink()))
     maps = Path(f"/proc/{pid}/maps").read_text()
     return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
 

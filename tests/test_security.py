@@ -222,8 +222,8 @@ def test_a_hostile_environment_reaches_its_own_process_only(
     wait_state(daemon, "x", "dead")
     supervisor_free = [p for p in children(daemon.pid) if is_alive(p)]
     for pid in [daemon.pid, *supervisor_free]:
-        text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-        assert not any(f"{key}={value}" in text for key, value in env.items())
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        assert not any(f"{key}={value}" in entries for key, value in env.items())
 
 
 # -- descendants of another user ------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_unknown_parameters_and_fields_are_ignored(line: Line) -> None:
         ("logs", {"name": "idle", "lines": "all"}),
         ("swap", {"off": "idle"}),
         ("swap", {"off": "idle", "on": "idle"}),
-        ("swap", {"off": [], "on": "idle"}),
+        ("swap", {"off": [], "on": []}),
         ("nonsense", {}),
         (None, {}),
         (5, {}),
