@@ -21,6 +21,7 @@ import standin_cuda
 from gpusched import errors
 from gpusched.mechanisms.cuda import direct, pool
 from gpusched.mechanisms.cuda.direct import DirectDriver
+from gpusched.mechanisms.cuda.mover_client import Mover
 from gpusched.mechanisms.cuda.pool import Pool
 from gpusched.mechanisms.cuda.target import Phase, Target
 from gpusched.ports import DriverState
@@ -209,6 +210,26 @@ def test_a_mover_that_cannot_start_leaves_it_to_the_driver(
     monkeypatch.setattr("gpusched.mechanisms.cuda.mover_client._MOVER", ["false"])
     bench.freeze(program.pid)
     assert bench.direct.last(program.pid).path == "driver"
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def test_what_was_handed_out_in_vain_is_let_go_before_the_drivers_own_copy(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_mover: Mover, *, out: bool) -> None:
+        raise errors.DriverError(f"no copy, out={out}")
+
+    bench.freeze(program.pid)
+    bench.thaw(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Mover, "go", fail)
+        bench.freeze(program.pid)
+    assert bench.direct.last(program.pid).path == "driver"
+    target = Target.find(program.pid)
+    assert target is not None
+    with target:
+        assert all(not fds for _, fds in target.held())
     bench.thaw(program.pid)
     program.runs_on()
 

@@ -82,6 +82,9 @@ class Passage:
                     self._finish_copy(snapshot, movers, phases)
             except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
                 self._pool.release(target.pid, snapshot.start_ticks)
+                # Descriptors keep VRAM alive, and would through the driver's checkpoint that follows.
+                with contextlib.suppress(errors.GpuschedError, OSError, Refused):
+                    target.drop()
                 raise NotBegun from error
             with phases.time("unmap"):
                 target.park()
@@ -210,7 +213,7 @@ class Passage:
             for mover in self._movers.all():
                 mover.forget([snapshot.chunks[snapshot.absorbed]])
             snapshot = self._pool.absorbed(snapshot)
-        target.has_all()
+        target.note_absorbed()
         self._pool.release(target.pid, snapshot.start_ticks)
 
 

@@ -223,8 +223,8 @@ class Target:
         """Its contents are in its own memory, and go where it goes."""
         return bool(_PAGE.unpack_from(self._page)[8])
 
-    def has_all(self) -> None:
-        """Notes that they are."""
+    def note_absorbed(self) -> None:
+        """From here on its contents are there, and nowhere else."""
         struct.pack_into("<I", self._page, _ABSORBED_OFFSET, 1)
 
     def write(self, offset: int, data: bytes) -> None:
