@@ -144,7 +144,7 @@ def one_size(
 
 def through_a_daemon(result: dict[str, Any], options: argparse.Namespace) -> None:
     """What a client waits for beyond the helper's own calls."""
-    with private_daemon("cuda", None, "--direct") as client:
+    with private_daemon("cuda", None) as client:
         client.run("busy", [options.torch_python, str(PROGRAM), "1.5", "idle"])
         until = time.monotonic() + START_S
         while "steps" not in client.logs("busy", 1)["output"]:

@@ -41,7 +41,7 @@ class Settings:
     disk_budget_bytes: int = 500 * GIB
     allow_old_driver: bool = False
     #: Whether what is run on one GPU gets the library that lets its contents go past the driver's own copy.
-    direct: bool = False
+    direct: bool = True
     #: Whether started trees get namespaces of their own where this machine could save them to disk.
     isolate: bool = True
     #: The CRIU to use; else the one on the PATH, or gpusched's own.

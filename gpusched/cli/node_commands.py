@@ -42,10 +42,9 @@ from gpusched.cli import output, params
     help="Accept drivers 570 to 579; migrate is then not there.",
 )
 @click.option(
-    "--direct",
-    is_flag=True,
+    "--direct/--no-direct",
     default=None,
-    help="Move the VRAM of what is run past the driver's own copy, at the speed of the bus.",
+    help="Move the VRAM of what is run past the driver's own copy.  [default: --direct]",
 )
 @click.pass_context
 def daemon_command(ctx: click.Context, /, config: Path | None, **overrides: Any) -> int:

@@ -38,7 +38,7 @@ BUSY = Path(__file__).with_name("torch_busy.py")
 
 @pytest.fixture
 def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda", args=["--direct"])
+    started = PrivateDaemon(backend="cuda")
     started.start()
     yield started
     started.end()
