@@ -102,8 +102,9 @@ def run(
     )
 
 
-def adopt(pid: int, name: str, evictable: bool) -> Request[types.AdoptResult]:
-    return _request("adopt", pid=pid, name=name, evictable=evictable or None)
+def adopt(pid: int, name: str, evictable: bool, stop: bool) -> Request[types.AdoptResult]:
+    stops = None if stop else False
+    return _request("adopt", pid=pid, name=name, evictable=evictable or None, stop=stops)
 
 
 def freeze(name: str, force: bool) -> Request[types.FreezeResult]:

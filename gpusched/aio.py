@@ -188,8 +188,10 @@ class AsyncGpuSched:
             _requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate)
         )
 
-    async def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
-        return await self._pool.send(_requests.adopt(pid, name, evictable))
+    async def adopt(
+        self, pid: int, name: str, *, evictable: bool = False, stop: bool = True
+    ) -> types.AdoptResult:
+        return await self._pool.send(_requests.adopt(pid, name, evictable, stop))
 
     async def freeze(self, name: str, *, force: bool = False) -> types.FreezeResult:
         return await self._pool.send(_requests.freeze(name, force))

@@ -182,9 +182,14 @@ class GpuSched:
         """
         return self._pool.send(_requests.run(name, cmd, gpu, gpus, dir, env, evictable, isolate))
 
-    def adopt(self, pid: int, name: str, *, evictable: bool = False) -> types.AdoptResult:
-        """Takes over a running process and its descendants."""
-        return self._pool.send(_requests.adopt(pid, name, evictable))
+    def adopt(
+        self, pid: int, name: str, *, evictable: bool = False, stop: bool = True
+    ) -> types.AdoptResult:
+        """Takes over a running process and its descendants.
+
+        ``stop``: a freeze stops its CPU threads too. Without, its CUDA calls wait and all else in it goes on.
+        """
+        return self._pool.send(_requests.adopt(pid, name, evictable, stop))
 
     def freeze(self, name: str, *, force: bool = False) -> types.FreezeResult:
         """Moves VRAM to host RAM and stops the process. A frozen one: a success, ``duration_ms`` 0."""

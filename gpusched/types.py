@@ -98,6 +98,7 @@ class AdoptResult(TypedDict):
     name: str
     pid: int
     mem_mb: int
+    stop: bool
 
 
 class AcquireResult(TypedDict):
@@ -147,6 +148,7 @@ class ProcessStatus(TypedDict):
     isolated: bool
     own_network: bool
     evictable: bool
+    stop: bool
     leases: int
     op: str | None
     exit_code: int | None

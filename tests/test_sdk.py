@@ -44,6 +44,11 @@ CALLS: list[tuple[str, Callable[[GpuSched], Any], dict[str, Any]]] = [
         lambda gs: gs.adopt(42, "a", evictable=True),
         {"pid": 42, "name": "a", "evictable": True},
     ),
+    (
+        "adopt",
+        lambda gs: gs.adopt(42, "a", stop=False),
+        {"pid": 42, "name": "a", "stop": False},
+    ),
     ("migrate", lambda gs: gs.migrate("a", 0), {"name": "a", "gpu": 0}),
     (
         "migrate",

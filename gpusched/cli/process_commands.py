@@ -96,14 +96,17 @@ def run_command(
 @click.option("--pid", type=click.IntRange(min=1), required=True, help="The running process.")
 @click.option("--name", required=True, help="Its name from now on.")
 @click.option("--evictable", is_flag=True, help="Others may freeze it when they need the GPU.")
+@click.option(
+    "--no-stop", is_flag=True, help="Frozen, its CPU threads go on; only its CUDA calls wait."
+)
 @params.json_option
-def adopt_command(pid: int, name: str, evictable: bool, as_json: bool) -> None:
+def adopt_command(pid: int, name: str, evictable: bool, no_stop: bool, as_json: bool) -> None:
     """Take over a running process.
 
     Its descendants belong to it, those to come too.
     """
     with progress(f"Adopting {name}"):
-        result = params.connect().adopt(pid, name, evictable=evictable)
+        result = params.connect().adopt(pid, name, evictable=evictable, stop=not no_stop)
     if as_json:
         print_json(result)
     else:

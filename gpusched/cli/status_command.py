@@ -46,6 +46,8 @@ def _notes(process: dict[str, Any]) -> str:
     if process.get("leases"):
         notes.append("leased")
     notes += [word for word in ("evictable", "adopted") if process.get(word)]
+    if not process.get("stop", True):
+        notes.append("not stopped")
     if process.get("exit_code") is not None:
         notes.append(f"exit {process['exit_code']}")
     if process.get("exit_signal") is not None:

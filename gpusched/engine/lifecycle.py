@@ -64,6 +64,7 @@ class Lifecycle:
             adopted=isinstance(params, m.Adopt),
             isolated=isinstance(params, m.Run) and self._isolated(params),
             evictable=params.evictable,
+            stop=isinstance(params, m.Run) or params.stop,
             log_path=str(self._core.limits.log_dir / f"{params.name}.log")
             if isinstance(params, m.Run)
             else None,
@@ -201,6 +202,7 @@ class Lifecycle:
                 gid=op.caller.gid,
                 groups=(),
                 log_path=os.devnull,
+                stop=process.stop,
             ),
             main,
         )
@@ -275,7 +277,7 @@ class Lifecycle:
         self._core.events.emit(op.kind, process.name, f"pid {event.main.pid}")
         result: dict[str, Any] = {"name": process.name, "pid": event.main.pid}
         if process.adopted:
-            result["mem_mb"] = process.vram_bytes >> 20
+            result |= {"mem_mb": process.vram_bytes >> 20, "stop": process.stop}
         self._core.finish(op, result=result)
 
 

@@ -104,6 +104,8 @@ class Process:
     isolated: bool = False
     own_network: bool = False
     evictable: bool = False
+    #: Whether a freeze stops its CPU threads too. Else only its CUDA calls wait, and it cannot go to disk.
+    stop: bool = True
     vram: dict[str, int] = field(default_factory=dict)
     oom_scores: dict[int, int] = field(default_factory=dict)
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -164,6 +166,21 @@ class Tree:
     oom_scores: Mapping[int, int]
     moved: Mapping[int, dict[str, str]] = field(default_factory=dict)
     uid: int = 0  # nobody else's processes are stopped; 0: root's tree, which may hold anybody's
+    stop: bool = True
+
+    @classmethod
+    def of(cls, process: Process) -> Tree:
+        """Of a process that has been started."""
+        assert process.main is not None
+        return cls(
+            tree_id=process.tree_id,
+            main=process.main,
+            vram=process.vram,
+            oom_scores=process.oom_scores,
+            moved=process.moved,
+            uid=process.uid,
+            stop=process.stop,
+        )
 
 
 @dataclass(slots=True, kw_only=True)

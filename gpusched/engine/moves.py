@@ -190,7 +190,7 @@ class _Work:
         if wrong:
             return self._wrong_state(wrong, f"to be {wanted}")
         astray = [m.pid for m in members if m.stopped is not (move is Move.FREEZE)]
-        if astray:
+        if astray and self._tree.stop:
             should = "stop" if move is Move.FREEZE else "continue"
             return errors.DriverError(f"pids {astray} did not {should}", {"pids": astray})
         return None
@@ -266,13 +266,15 @@ class _Work:
                         self.moved[pid] = dict(self._gpu_map)
 
     async def _stop(self) -> None:
-        """Stops every member. One that got CUDA state since the lock is continued, locked and checkpointed first."""
+        """Stops every member, unless the tree is to run on. One that got CUDA state since the lock is continued,
+        locked and checkpointed first.
+        """
         begun = self._mover._clock.monotonic_s()
         pause = 0.001
         running: list[Member] = []
         for _ in range(MAX_ROUNDS * 100):
             members = await self._trees.members(self._tree.tree_id, self._tree.main)
-            running = [m for m in members if not m.stopped]
+            running = [m for m in members if self._tree.stop and not m.stopped]
             if foreign := [m.pid for m in running if self._tree.uid not in (0, m.ruid)]:
                 raise errors.PermissionDenied(
                     f"pids {foreign} have become another user's meanwhile"

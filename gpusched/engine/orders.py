@@ -129,17 +129,8 @@ class Orders:
 
     async def _move(self, op: Operation, order: Order, record_ms: float) -> None:
         process = self._core.node.processes[order.tree_id]
-        assert process.main is not None
-        tree = Tree(
-            tree_id=process.tree_id,
-            main=process.main,
-            vram=process.vram,
-            oom_scores=process.oom_scores,
-            moved=process.moved,
-            uid=process.uid,
-        )
         begun = self._core.monotonic_s
-        report = await self._core.mover.run(tree, order.move, order.gpu_map)
+        report = await self._core.mover.run(Tree.of(process), order.move, order.gpu_map)
         outcome, disk = report.outcome, None
         if isinstance(report.error, errors.ProcessExited) or outcome is Outcome.LOST:
             disk = await self._fall_back(process, report.error)

@@ -141,7 +141,7 @@ class Recovery:
         if process.state is _S.STARTING:  # the daemon died while it adopted it
             process = self._begun(process, process.main)
         try:
-            members, states = await self._mover.settle(tree_of(process))
+            members, states = await self._mover.settle(Tree.of(process))
         except errors.GpuschedError as error:
             return _Look(process=self._broken(process, f"cannot be looked at: {error}"))
         return _Look(process=process, members=members, states=states)
@@ -176,6 +176,7 @@ class Recovery:
             main=main,
             adopted=not launch.argv,
             isolated=launch.isolated,
+            stop=launch.stop,
             log_path=launch.log_path if launch.argv else None,
         )
         self._note(process, "is not in the journal; taken from its supervisor's record")
@@ -217,7 +218,7 @@ class Recovery:
                 return process  # no move was under way: its owner stopped it
             await self._trees.signal(mute, signal.SIGCONT)
             try:
-                members, states = await self._mover.settle(tree_of(process))
+                members, states = await self._mover.settle(Tree.of(process))
             except errors.GpuschedError as error:
                 return self._broken(process, f"cannot be looked at: {error}")
         found = {s for s in states.values() if s is not DriverState.NONE}
@@ -240,7 +241,7 @@ class Recovery:
 
     async def _move(self, process: Process, move: Move, wanted: ProcState, why: str) -> Process:
         """Performs or finishes ``move``; the process after it, whichever way it ended."""
-        report = await self._mover.run(tree_of(process), move)
+        report = await self._mover.run(Tree.of(process), move)
         now = self._clock.unix_s()
         changes: dict[str, Any] = {"moved": report.moved}
         if report.oom_scores is not None:
@@ -319,15 +320,3 @@ class Recovery:
     def _note(self, process: Process, text: str) -> None:
         self.notes.append(f"{process.name} {text}")
         log.warning("recovery process=%s %s", process.name, text)
-
-
-def tree_of(process: Process) -> Tree:
-    assert process.main is not None
-    return Tree(
-        tree_id=process.tree_id,
-        main=process.main,
-        vram=process.vram,
-        oom_scores=process.oom_scores,
-        moved=process.moved,
-        uid=process.uid,
-    )

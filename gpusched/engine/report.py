@@ -137,6 +137,7 @@ def _render(core: Core, process: Process) -> types.ProcessStatus:
         "isolated": process.isolated,
         "own_network": process.own_network,
         "evictable": process.evictable,
+        "stop": process.stop,
         "leases": 0,
         "op": None,
         "exit_code": exit_.code if exit_ else None,

@@ -30,7 +30,8 @@ class Member:
 class Launch:
     """All that a supervisor needs to start a command. Paths are absolute; ``env`` is complete.
 
-    ``isolated``: in a PID and mount namespace of the tree's own, which is what can be saved to disk.
+    ``isolated``: in a PID and mount namespace of the tree's own, which is what can be saved to disk. ``stop``: whether
+    a freeze stops its CPU threads.
     """
 
     tree_id: str
@@ -43,6 +44,7 @@ class Launch:
     groups: tuple[int, ...]
     log_path: str
     isolated: bool = False
+    stop: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ class Adopt(Struct, frozen=True, kw_only=True):
     pid: Annotated[int, Meta(gt=0, le=2**22)]
     name: Name
     evictable: bool = False
+    stop: bool = True
 
 
 class Freeze(Struct, frozen=True, kw_only=True):
