@@ -171,6 +171,8 @@ class NodeAgent:
         about = About.read(actor_id)
         if about is None or about.node_id != self._node_id:
             raise errors.NotFound(f"actor {actor_id} has no model on node {self._node_id}")
+        if about.attached:
+            self._attending.take_up(about)
         return about
 
     # -- hosts whose actors are dead ------------------------------------------------------------

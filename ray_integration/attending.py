@@ -31,7 +31,7 @@ from ray_integration.places import About
 
 log = logging.getLogger(__name__)
 
-#: The file with what a new agent makes its handle of.
+#: The file with what a new agent needs: how many slots (4 bytes), and what it makes its handle of.
 HANDLE: Final = "handle"
 _LOOK_S: Final = 0.05
 
@@ -199,7 +199,7 @@ class Attending:
             raise errors.Unavailable(f"another agent attends to {about.name}; try again")
         try:
             self._adopt(about, facts["pid"], evictable=evictable)
-            (about.directory / HANDLE).write_bytes(state)
+            (about.directory / HANDLE).write_bytes(facts["slots"].to_bytes(4) + state)
             about.write()
         except BaseException:
             places.unlock(lock_fd)
@@ -233,15 +233,23 @@ class Attending:
         elif state == "ALIVE":
             self._follow(about, facts["pid"])
 
-    def _follow(self, about: About, pid: int) -> None:
+    def take_up(self, about: About) -> None:
+        """Goes on where an agent that died has left; does nothing where that was done. Asks nobody."""
         with self._lock:
-            if about.actor_id not in self._attended:
-                lock_fd = places.lock(about.directory / "lock")
-                if lock_fd is None:
-                    return
-                weak = compat.weak_handle_of((about.directory / HANDLE).read_bytes())
-                slots = _look(weak, hosting.START_TIMEOUT_S)["slots"]
-                self._attended[about.actor_id] = Attended(about, weak, slots, lock_fd)
+            if about.actor_id in self._attended:
+                return
+            lock_fd = places.lock(about.directory / "lock")
+            if lock_fd is None:
+                raise errors.Unavailable(f"another agent attends to {about.name}; try again")
+            left = (about.directory / HANDLE).read_bytes()
+            weak = compat.weak_handle_of(left[4:])
+            self._attended[about.actor_id] = Attended(
+                about, weak, int.from_bytes(left[:4]), lock_fd
+            )
+
+    def _follow(self, about: About, pid: int) -> None:
+        self.take_up(about)
+        with self._lock:
             found = hosting.find(self._client, about.name)
             if found is None or found["state"] == "dead":
                 evictable = bool(found and found["evictable"])

@@ -88,8 +88,8 @@ def plain(cluster: PrivateDaemon) -> Iterator[Callable[..., Any]]:
     made = []
 
     def worker(cls: type = Worker, size: int = SIZE, **options: Any) -> Any:
-        groups = {"concurrency_groups": {"io": 1}} if cls is Grouped else {}
-        actor = ray.remote(num_cpus=0, **groups)(cls)
+        settings: Any = {"concurrency_groups": {"io": 1}} if cls is Grouped else {}
+        actor: Any = ray.remote(num_cpus=0, **settings)(cls)
         made.append(actor.options(**options).remote(str(cluster.sim_dir), size))
         get(made[-1].__ray_ready__.remote())
         return made[-1]
