@@ -24,6 +24,7 @@ _HOME = {
     "thaw": "control",
     "DrainTimeout": "errors",
     "HookFailed": "errors",
+    "TorchDistributedHooks": "torch_groups",
     "HostError": "errors",
     "HostLost": "errors",
     "ModelFrozen": "errors",
