@@ -49,11 +49,11 @@ def setting() -> Setting:
         sizes = dict(zip(ROLES, (150 * MIB, 90 * MIB, 90 * MIB), strict=True))
         where = "a SIMULATED GPU of 256 MiB (no NVIDIA driver here)"
         return Setting(backend="sim", where=where, gpu="256M", vram=sizes, room=256 * MIB)
-    # Small enough for a dozen steps in a minute by the driver's own copy. With the contexts of three processes, half a
-    # GiB each, they need half as much again as there is room.
-    sizes = dict(zip(ROLES, (1536 * MIB, 768 * MIB, 768 * MIB), strict=True))
-    room = 3072 * MIB
-    with_ballast = int(found.ballast[:-1]) + 6144 - 3584 if found.ballast else 0
+    # Small enough for a dozen steps in a minute by the driver's own copy. Each process has a context beside it, of about
+    # half a GiB; so has the ballast.
+    sizes = dict(zip(ROLES, (1920 * MIB, 896 * MIB, 896 * MIB), strict=True))
+    room = 3584 * MIB
+    with_ballast = int(found.ballast[:-1]) + 2048 if found.ballast else 0
     return Setting(
         backend="cuda",
         where=found.where,
