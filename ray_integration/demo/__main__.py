@@ -49,8 +49,8 @@ def setting() -> Setting:
         sizes = dict(zip(ROLES, (150 * MIB, 90 * MIB, 90 * MIB), strict=True))
         where = "a SIMULATED GPU of 256 MiB (no NVIDIA driver here)"
         return Setting(backend="sim", where=where, gpu="256M", vram=sizes, room=256 * MIB)
-    # Small enough for a dozen steps in a minute by the driver's own copy. Each process has a context beside it, of about
-    # half a GiB; so has the ballast.
+    # Small enough for a dozen steps in a minute by the driver's own copy. Each process has a context beside it, of some
+    # half GiB; so has the ballast.
     sizes = dict(zip(ROLES, (1920 * MIB, 896 * MIB, 896 * MIB), strict=True))
     room = 3584 * MIB
     with_ballast = int(found.ballast[:-1]) + 2048 if found.ballast else 0
