@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "Group": "groups",
     "Phases": "phases",
+    "attach": "control",
     "freeze": "control",
     "group": "groups",
     "hibernate": "control",
@@ -23,6 +24,7 @@ _HOME = {
     "thaw": "control",
     "DrainTimeout": "errors",
     "HookFailed": "errors",
+    "TorchDistributedHooks": "torch_groups",
     "HostError": "errors",
     "HostLost": "errors",
     "ModelFrozen": "errors",

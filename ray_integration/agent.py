@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gpusched import errors
 from gpusched.client import GpuSched
 from ray_integration import compat, exchange, keeper, places, tending
-from ray_integration.cluster import Cluster, How
+from ray_integration.attending import Attending
+from ray_integration.cluster import Cluster, How, await_node, get
 from ray_integration.metrics import NodeMetrics
 from ray_integration.places import About
 
@@ -69,6 +70,7 @@ class NodeAgent:
         self._lock = lock
         self._cluster = Cluster(handle)
         self._metrics = NodeMetrics()
+        self._attending = Attending(self._client, node_id)
         threading.Thread(target=self._reap, name="gpusched-reap", daemon=True).start()
 
     def node_id(self) -> str:
@@ -101,6 +103,15 @@ class NodeAgent:
             )
         results = dict(zip([*off, *on], [*answer["off"], *answer["on"]], strict=True))
         return {actor_id: dict(result) for actor_id, result in results.items()}
+
+    def attach(self, handles: list[Any], *, evictable: bool, timeout_s: float) -> dict[str, Any]:
+        """Makes plain actors of this node freezable as they are. Returns what the daemon says of each."""
+        return {
+            compat.actor_id(each): self._attending.attach(
+                each, evictable=evictable, timeout_s=timeout_s
+            )
+            for each in handles
+        }
 
     def hibernate(self, actor_id: str, *, timeout_s: float, force: bool) -> dict[str, Any]:
         """Saves one model to disk. Its calls under way must end first: a connection cannot be saved."""
@@ -139,6 +150,15 @@ class NodeAgent:
         ]
         return sides[0] if len(sides) == 1 else tuple(sides)
 
+    def attach_all(self, handles: list[Any], is_one: bool, how: Any) -> Any:
+        """Attaches actors wherever they are; the first error ends it, and those before stay attached."""
+        done: dict[str, Any] = {}
+        for each in handles:
+            node = await_node(compat.actor_id(each), how["timeout_s"])
+            ref = handle(node).attach.remote([each], **how)
+            done |= get(ref, node, 2 * how["timeout_s"])
+        return _shaped([done[compat.actor_id(each)] for each in handles], is_one)
+
     def hibernate_all(self, actor_ids: list[str], is_one: bool, how: Any) -> Any:
         results = self._cluster.hibernate(actor_ids, How(**how))
         return _shaped([results[each] for each in actor_ids], is_one)
@@ -151,6 +171,8 @@ class NodeAgent:
         about = About.read(actor_id)
         if about is None or about.node_id != self._node_id:
             raise errors.NotFound(f"actor {actor_id} has no model on node {self._node_id}")
+        if about.attached:
+            self._attending.take_up(about)
         return about
 
     # -- hosts whose actors are dead ------------------------------------------------------------
@@ -164,7 +186,9 @@ class NodeAgent:
                 if found:
                     tending.ensure_keeper(self._client, self._node_id)
                 for about in found:
-                    if not about.proxy_lives and self._is_over(about):
+                    if about.attached:
+                        self._attending.tend(about)
+                    elif not about.proxy_lives and self._is_over(about):
                         log.warning("%s", keeper.end_host(about))
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + _METRICS_S

@@ -15,7 +15,9 @@ import json
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpusched import errors
 from ray_integration.frames import ConnectionLost, check_peer
@@ -27,9 +29,22 @@ if TYPE_CHECKING:
 SOCKET: Final = "proxy"
 
 
-def serve(proxy: Proxy) -> None:
-    """Listens, and answers on threads."""
-    path = proxy.about.directory / SOCKET
+class Conversation(Protocol):
+    """What is behind one connection of an agent."""
+
+    def prepare(self, request: dict[str, Any]) -> None: ...
+
+    def settled(self, *, on_gpu: bool) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def end(self) -> None:
+        """The connection is over: what it holds back goes on."""
+        ...
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket that this user alone can connect to."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous = os.umask(0o177)
@@ -38,62 +53,76 @@ def serve(proxy: Proxy) -> None:
     finally:
         os.umask(previous)
     listener.listen()
+    return listener
+
+
+def serve(path: Path, begin: Callable[[], Conversation]) -> socket.socket:
+    """Listens, and answers on threads, until the socket that it returns is shut down."""
+    listener = listen(path)
     threading.Thread(
-        target=_accept, args=(proxy, listener), name="gpusched-answering", daemon=True
+        target=_accept, args=(listener, begin), name="gpusched-answering", daemon=True
     ).start()
+    return listener
 
 
-def _accept(proxy: Proxy, listener: socket.socket) -> None:
+def _accept(listener: socket.socket, begin: Callable[[], Conversation]) -> None:
     while True:
-        sock, _ = listener.accept()
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
         with contextlib.suppress(ConnectionLost):
             check_peer(sock)
-            threading.Thread(target=_Conversation(proxy, sock).run, daemon=True).start()
+            threading.Thread(target=_talk, args=(sock, begin()), daemon=True).start()
 
 
-class _Conversation:
-    """One connection of an agent."""
+def _talk(sock: socket.socket, conversation: Conversation) -> None:
+    try:
+        with sock, sock.makefile("rb") as lines:
+            for line in lines:
+                answer = _answer(conversation, json.loads(line))
+                sock.sendall(json.dumps(answer).encode() + b"\n")
+    except (OSError, ValueError):
+        pass  # the agent is gone, which ends its hold
+    finally:
+        with contextlib.suppress(errors.GpuschedError):  # the host's log has it
+            conversation.end()
 
-    def __init__(self, proxy: Proxy, sock: socket.socket) -> None:
+
+def _answer(conversation: Conversation, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        match request["do"]:
+            case "prepare":
+                conversation.prepare(request)
+            case "settled":
+                conversation.settled(on_gpu=request["on_gpu"])
+            case "status":
+                return {"ok": True, **conversation.status()}
+            case other:
+                raise errors.InvalidRequest(f"a proxy cannot {other!r}")
+    except errors.GpuschedError as error:
+        return errors.to_wire(error)
+    return {"ok": True}
+
+
+class ProxyConversation:
+    """With the proxy of a hosted model."""
+
+    def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
-        self._sock = sock
         self._holds = False
 
-    def run(self) -> None:
-        try:
-            with self._sock, self._sock.makefile("rb") as lines:
-                for line in lines:
-                    self._sock.sendall(json.dumps(self._answer(json.loads(line))).encode() + b"\n")
-        except (OSError, ValueError):
-            pass  # the agent is gone, which ends its hold
-        finally:
-            with contextlib.suppress(errors.GpuschedError):  # the host's log has it
-                self._release(on_gpu=None)
+    def status(self) -> dict[str, Any]:
+        gate = self._proxy.gate
+        return {
+            "gate": gate.state,
+            "under_way": gate.under_way,
+            "waiting": gate.waiting,
+            "idle_s": gate.idle_s,
+            "proxy_pid": os.getpid(),
+        }
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            match request["do"]:
-                case "prepare":
-                    self._prepare(request)
-                case "settled":
-                    self._settled(on_gpu=request["on_gpu"])
-                case "status":
-                    gate = self._proxy.gate
-                    return {
-                        "ok": True,
-                        "gate": gate.state,
-                        "under_way": gate.under_way,
-                        "waiting": gate.waiting,
-                        "idle_s": gate.idle_s,
-                        "proxy_pid": os.getpid(),
-                    }
-                case other:
-                    raise errors.InvalidRequest(f"a proxy cannot {other!r}")
-        except errors.GpuschedError as error:
-            return errors.to_wire(error)
-        return {"ok": True}
-
-    def _prepare(self, request: dict[str, Any]) -> None:
+    def prepare(self, request: dict[str, Any]) -> None:
         """Holds calls back; a drain that takes too long lets them go again."""
         if not self._holds:
             self._holds = True
@@ -112,11 +141,14 @@ class _Conversation:
                     self._release(on_gpu=None)
                     raise
 
-    def _settled(self, *, on_gpu: bool) -> None:
+    def settled(self, *, on_gpu: bool) -> None:
         if self._holds:
             self._release(on_gpu=on_gpu)
         else:
             self._proxy.learn(on_gpu=on_gpu)
+
+    def end(self) -> None:
+        self._release(on_gpu=None)
 
     def _release(self, *, on_gpu: bool | None) -> None:
         if self._holds:

@@ -180,6 +180,21 @@ def get(ref: Any, node: str, timeout_s: float) -> Any:
         ) from error
 
 
+def await_node(actor_id: str, timeout_s: float) -> str:
+    """The node of an actor, once it is there. Raises NotFound for a dead one, DeadlineExceeded."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        require_coming(actor_id)
+        facts = compat.actor_facts(actor_id)
+        if facts is not None and facts["state"] == "ALIVE":
+            return str(facts["node_id"])
+        if time.monotonic() > deadline:
+            raise errors.DeadlineExceeded(
+                f"actor {actor_id} is not there after {timeout_s:g} s: is there room for it?"
+            )
+        time.sleep(_LOOK_AGAIN_S)
+
+
 def require_coming(actor_id: str) -> None:
     """Raises NotFound for an actor that is dead for good."""
     facts = compat.actor_facts(actor_id)

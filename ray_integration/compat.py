@@ -5,6 +5,7 @@ Each function says what it stands in for, so that a new version of Ray has one f
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from typing import Any
 
@@ -65,6 +66,48 @@ def own_actor_methods(cls: type, *, is_async: bool, call: Any) -> None:
     cls.__ray_ready__ = ready_async if is_async else ready  # type: ignore[attr-defined]
     cls.__ray_terminate__ = terminate_async if is_async else terminate  # type: ignore[attr-defined]
     cls.__ray_call__ = call  # type: ignore[attr-defined]
+
+
+def weak_handle(handle: Any) -> tuple[Any, bytes]:
+    """A handle that does not keep its actor alive, and what makes another of it, also in another process.
+
+    (``ray.get_actor`` gives such handles, for named actors alone.)
+    """
+    state = handle._serialization_helper()[0]
+    return weak_handle_of(state), state
+
+
+def weak_handle_of(state: bytes) -> Any:
+    return ray.actor.ActorHandle._deserialization_helper(state, True, None)
+
+
+def own_actor_facts() -> dict[str, Any]:
+    """Of the actor in whose worker this is called: how many calls it makes at a time, its name, its GPUs."""
+    context = ray.get_runtime_context()
+    worker: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    is_async = bool(worker.current_actor_is_asyncio())
+    return {
+        "is_async": is_async,
+        # One thread lets the calls of an event loop in.
+        "slots": 1 if is_async else int(worker.current_actor_max_concurrency()),
+        "name": str(context.get_actor_name() or ""),
+        "gpus": [str(each) for each in context.get_accelerator_ids().get("GPU", [])],
+    }
+
+
+def calls_on_event_loop() -> int:
+    """How many calls of the actor in whose worker this is are on its event loop; 0 where it has none."""
+    worker: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    if not worker.current_actor_is_asyncio():
+        return 0
+    from ray._raylet import PythonFunctionDescriptor  # type: ignore[attr-defined]
+
+    any_method = PythonFunctionDescriptor("", "__init__", "", "")
+    loop, _ = worker.get_event_loop(any_method, "")
+    return sum(
+        "run_async_func_or_coro" in getattr(task.get_coro(), "__qualname__", "")
+        for task in asyncio.all_tasks(loop)
+    )
 
 
 def method_options(method: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a driver says to its models: ``freeze``, ``thaw``, ``swap``, ``hibernate``, ``status``.
+"""What a driver says to its models: ``freeze``, ``thaw``, ``swap``, ``hibernate``, ``status``, ``attach``.
 
 Each takes handles (one, a list, a group's name, a named actor's name) and returns an ObjectRef at once, as calls in Ray
 do: ``ray.get(swap(policy, reward))``, or ``await swap(policy, reward)``. The result is a dict for one model and
@@ -93,22 +93,49 @@ def status(models: Models) -> ray.ObjectRef[Any]:
     return ref
 
 
+def attach(
+    actors: Models, *, evictable: bool = False, timeout_s: float = TIMEOUT_S
+) -> ray.ObjectRef[Any]:
+    """Makes existing actors, of any class, freezable as they are: their own workers are frozen, and never stopped.
+
+    For actors that are not yours to change. VRAM goes to host RAM, never to disk. Calls on a frozen one begin, and wait
+    in their first use of CUDA. Gives what ``status`` says. See docs/ray.md for what is different from ``freezable``.
+
+    Args:
+        actors: Whom; those that are attached already are a success without action.
+        evictable: Other users of the daemon may have them frozen to make room.
+        timeout_s: Seconds for each to exist and to answer.
+
+    Raises out of ``ray.get``: Unsupported for a class with concurrency groups, InvalidRequest for a freezable actor.
+    """
+    handles, is_one = resolve_handles(actors)
+    options = {"evictable": evictable, "timeout_s": timeout_s}
+    ref: ray.ObjectRef[Any] = _some_agent().attach_all.remote(handles, is_one, options)
+    return ref
+
+
 def resolve(models: Models) -> tuple[list[str], bool]:
     """The actor ids, each once, and whether it was one model rather than several. Raises InvalidRequest."""
+    handles, is_one = resolve_handles(models)
+    return [compat.actor_id(each) for each in handles], is_one
+
+
+def resolve_handles(models: Models) -> tuple[list[Any], bool]:
+    """The handles, each actor once, and whether it was one. Raises InvalidRequest."""
     if isinstance(models, ray.ObjectRef):
         models = ray.get(models)
     if isinstance(models, str):
         models = groups.by_name(models) or ray.get_actor(models)
     if compat.is_handle(models):
-        return [compat.actor_id(models)], True
+        return [models], True
     if isinstance(models, groups.Group):
         models = models.handles
     if not isinstance(models, Iterable):
         raise errors.InvalidRequest(
             f"{models!r} is neither a handle of a model, nor several, nor a name"
         )
-    ids = [actor_id for each in models for actor_id in resolve(each)[0]]
-    return list(dict.fromkeys(ids)), False
+    handles = [handle for each in models for handle in resolve_handles(each)[0]]
+    return list({compat.actor_id(each): each for each in handles}.values()), False
 
 
 def _coordinate(

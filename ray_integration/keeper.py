@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Final
 
 from gpusched import errors
@@ -61,12 +62,25 @@ def end_host(about: About) -> str:
     """Kills a model's host and forgets the model; says what came of it. To be tried again while the daemon is away."""
     with GpuSched(about.socket, timeout_s=_DAEMON_TIMEOUT_S) as client:
         try:
+            if about.attached and _has_a_raylet(client, about.name):
+                return f"{about.name} is a worker of Ray's, which ends it"
             with contextlib.suppress(errors.NotFound):
                 client.kill(about.name, force=True)
         except errors.GpuschedError as error:
             return f"{about.name} cannot be ended yet: {error}"
     about.remove()
     return f"{about.name}: its actor is gone, and so is its host now"
+
+
+def _has_a_raylet(client: GpuSched, name: str) -> bool:
+    """Whether the worker of an attached actor lives, as a child of the raylet that started it."""
+    for found in client.processes():
+        if found["name"] == name and found["state"] != "dead":
+            with contextlib.suppress(OSError, ValueError):
+                stat = Path(f"/proc/{found['pid']}/stat").read_text()
+                parent = stat.rpartition(")")[2].split()[1]
+                return Path(f"/proc/{parent}/comm").read_text().startswith("raylet")
+    return False
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@
             lock                     locked by the proxy while it lives: the kernel lets go when it dies
             start.json, host         what the host begins with, and its socket
             proxy                    the proxy's socket, for the agent
+            handle                   of an attached actor, for a new agent: there the agent itself is the proxy
 
 Several nodes of a cluster may be on one machine (tests have that), so each model says which node is its own.
 Standard library only: the keeper is small.
@@ -43,6 +44,8 @@ class About:
     socket: str
     gpus: tuple[int, ...]
     class_name: str
+    #: An actor that was not made with ``freezable``: its worker itself is what the daemon freezes.
+    attached: bool = False
 
     @property
     def directory(self) -> Path:
@@ -113,6 +116,10 @@ def lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:

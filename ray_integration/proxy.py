@@ -98,7 +98,9 @@ class Proxy:
             self.about.write()  # the node may have a new id, and the daemon a new socket
         else:
             self._make(pickled_class, args, kwargs)
-        answering.serve(self)
+        answering.serve(
+            self.about.directory / answering.SOCKET, lambda: answering.ProxyConversation(self)
+        )
         watching.watch(self)
         tending.ensure_keeper(self._client, self.about.node_id)
         agent.handle(self.about.node_id)

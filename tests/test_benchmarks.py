@@ -122,7 +122,8 @@ def gpu_with_free_mib(free: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "program", ["freeze_thaw.py", "cold_start.py", "hibernate.py", "ray_calls.py"]
+    "program",
+    ["freeze_thaw.py", "cold_start.py", "hibernate.py", "ray_calls.py", "rlhf_loop.py"],
 )
 def test_a_rehearsal_without_a_directory_of_its_own_is_refused(program: str) -> None:
     ended = run(program, "--rehearse")
@@ -156,6 +157,18 @@ def test_ray_calls_measures_plain_and_hosted_actors(tmp_path: Path) -> None:
     result = json.loads(path.read_text())
     assert result["hosted"]["tiny_ms"]["median"] > 0
     assert set(result["judged"]) >= {"tiny_over_plain_ms", "in_share_of_memcpy"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_rlhf_loop_runs_the_same_loop_by_every_way(tmp_path: Path) -> None:
+    ended = run("rlhf_loop.py", "--rehearse", "--steps", "2", "--out", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.glob("*.json")
+    ways = json.loads(path.read_text())["ways"]
+    assert set(ways) == {"gpusched", "to_cpu", "resident"}
+    assert all(way["contents_right"] for way in ways.values())
+    assert ways["gpusched"]["swap_share"] > ways["resident"]["swap_share"]
 
 
 def test_a_rehearsals_figures_cannot_be_saved_among_the_results(tmp_path: Path) -> None:

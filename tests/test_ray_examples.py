@@ -16,6 +16,13 @@ from daemons import ROOT, PrivateDaemon, wait_until
 pytestmark = pytest.mark.ray
 EXAMPLES = sorted((ROOT / "examples" / "in_ray").glob("*.py"))
 SAID = {
+    "attached.py": (
+        r"^frozen: 150 MiB are in ram; loss 0.5$",
+        r"^it answers: \[1.0, 0.5\]$",
+        r"^critic: loss 1.0$",
+        r"^after the swap the waiting step goes on: loss 0.333$",
+        r"^states: \['active', 'frozen'\]$",
+    ),
     "reward_swap.py": (
         r"^swapped: 150 MiB off, 150 MiB on$",
         r"^scores: \[27, 22\]$",
@@ -60,6 +67,7 @@ def test_an_example_does_what_it_says_and_leaves_nothing(
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "GPUSCHED_SOCKET": daemon.socket,
             "GPUSCHED_RAY_DIR": str(daemon.directory / "ray"),
+            "GPUSCHED_SIM_DIR": str(daemon.sim_dir),
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,

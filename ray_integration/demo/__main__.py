@@ -49,9 +49,11 @@ def setting() -> Setting:
         sizes = dict(zip(ROLES, (150 * MIB, 90 * MIB, 90 * MIB), strict=True))
         where = "a SIMULATED GPU of 256 MiB (no NVIDIA driver here)"
         return Setting(backend="sim", where=where, gpu="256M", vram=sizes, room=256 * MIB)
-    sizes = dict(zip(ROLES, (4096 * MIB, 2048 * MIB, 2048 * MIB), strict=True))
-    room = 7168 * MIB  # beside it the contexts of three processes
-    with_ballast = int(found.ballast[:-1]) - 1024 if found.ballast else 0
+    # Small enough for a dozen steps in a minute by the driver's own copy. Each process has a context beside it, of some
+    # half GiB; so has the ballast.
+    sizes = dict(zip(ROLES, (1920 * MIB, 896 * MIB, 896 * MIB), strict=True))
+    room = 3584 * MIB
+    with_ballast = int(found.ballast[:-1]) + 2048 if found.ballast else 0
     return Setting(
         backend="cuda",
         where=found.where,

@@ -1,22 +1,22 @@
-"""Hosted PyTorch models on a real GPU: swapped 200 times, nothing grows, nothing is lost. Needs ray and PyTorch."""
+"""Models of Ray on a real GPU: hosted ones swapped 200 times, and attached actors. Needs ray and PyTorch."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from typing import Any
 
 import pytest
+from ray_on_gpu import ray_with_daemon
 
-from daemons import ROOT, PrivateDaemon
-
-pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.timeout(1800)]
-SIZE = 2 << 30
+pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.timeout(600)]
+#: Of a model's weights. Small, so that 200 swaps take less than two minutes by the driver's own copy too.
+SIZE = 256 << 20
+TIMEOUT_S = 180.0
 
 
 class TorchModel:
-    """Some GiB that were made from a seed."""
+    """Some VRAM that was made from a seed."""
 
     def __init__(self, seed: int, size: int) -> None:
         import torch
@@ -29,33 +29,55 @@ class TorchModel:
     def digest(self) -> int:
         return int(self.weights.sum().item())
 
+    def touch_nothing(self) -> int:
+        return os.getpid()
+
 
 def test_two_hundred_swaps_of_hosted_pytorch_models() -> None:
     pytest.importorskip("torch")
-    import ray
-
     import ray_swaps
     from ray_cluster import get
     from ray_integration import freezable
 
-    daemon = PrivateDaemon(backend="cuda")
-    daemon.start()
-    with tempfile.TemporaryDirectory(prefix="gsr-", dir="/tmp") as directory:
-        os.environ |= {"GPUSCHED_SOCKET": daemon.socket, "GPUSCHED_RAY_DIR": directory}
-        path = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-        try:
-            first = freezable(start_frozen=True)(TorchModel).remote(1, SIZE)
-            get(first.__ray_ready__.remote(), timeout=180)
-            second = freezable(TorchModel).remote(2, SIZE)
-            get(second.__ray_ready__.remote(), timeout=180)
-            models: dict[str, Any] = {"first": first, "second": second}
-            with daemon.client() as client:
-                seen = ray_swaps.swaps(models, client, 100)
-            print(json.dumps(seen, indent=1))
-            slack = {"KiB": 65536, "descriptors": 2, "MiB": 32}
-            assert ray_swaps.grown(seen, slack=slack) == {}, seen
-        finally:
-            ray.shutdown()
-            daemon.end()
+    size = int(os.environ.get("GPUSCHED_SWAP_MIB", SIZE >> 20)) << 20
+    args = os.environ.get("GPUSCHED_DAEMON_ARGS", "").split()
+    with ray_with_daemon(args=args) as daemon:
+        first = freezable(start_frozen=True)(TorchModel).remote(1, size)
+        get(first.__ray_ready__.remote(), timeout=TIMEOUT_S)
+        second = freezable(TorchModel).remote(2, size)
+        get(second.__ray_ready__.remote(), timeout=TIMEOUT_S)
+        models: dict[str, Any] = {"first": first, "second": second}
+        with daemon.client() as client:
+            seen = ray_swaps.swaps(models, client, 100)
+        print(json.dumps(seen, indent=1))
+        slack = {"KiB": 65536, "descriptors": 2, "MiB": 32}
+        assert ray_swaps.grown(seen, slack=slack) == {}, seen
+
+
+def test_an_attached_pytorch_actor_gives_its_gpu_back_and_is_never_stopped() -> None:
+    pytest.importorskip("torch")
+    import ray
+
+    from ray_cluster import get
+    from ray_integration import attach, freeze, status, thaw
+
+    with ray_with_daemon(gpus=1) as daemon, daemon.client() as client:
+        idle = client.status()["gpus"][0]["mem_used_mb"]
+        worker: Any = ray.remote(num_gpus=1)(TorchModel).remote(3, 2 << 30)
+        right = get(worker.digest.remote(), timeout=TIMEOUT_S)
+        used = client.status()["gpus"][0]["mem_used_mb"]  # as NVML says
+        assert used - idle > 2048
+        found = get(attach(worker))
+        assert (found["stop"], found["gpus"]) == (False, [0])
+        for _ in range(3):
+            frozen = get(freeze(worker), timeout=TIMEOUT_S)
+            assert frozen["mem_mb"] > 2048
+            assert client.status()["gpus"][0]["mem_used_mb"] - idle < 64
+            assert get(worker.touch_nothing.remote()) == found["pid"]
+            waiting = worker.digest.remote()
+            assert not ray.wait([waiting], timeout=1.0)[0], "CUDA waits for the thaw"
+            assert get(status(worker))["state"] == "frozen"
+            thawed = get(thaw(worker), timeout=TIMEOUT_S)
+            assert get(waiting, timeout=TIMEOUT_S) == right
+            print(f"freeze {frozen['duration_ms']} ms, thaw {thawed['duration_ms']} ms")
+        ray.kill(worker)
