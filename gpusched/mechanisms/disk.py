@@ -130,7 +130,9 @@ class DiskTier:
     ) -> Saved:
         for member in members:
             await self._absorb(member.pid)
+        # Again: until it stood still, the tree could open things and have children that lose their parents.
         facts = await self.look(tree_id, main, members, record)
+        preflight.require_none(facts.obstacles, self._whose(tree_id)[1].name)
         saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
         self._sizes[image_id] = saved.size_bytes
         return saved
