@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,22 @@ def test_killed_at_random_instants_nothing_is_lost(private_daemon: StartDaemon, 
     rng = random.Random(seed)
     daemon = private_daemon(gpus=2, vram="256M")
     model = Workload.start(daemon, "model", "24M")
-    for number in range(200 if soak else 10):
+    hits = Counter[str]()
+    wanted = 200 if soak else 10
+    for number in range(3 * wanted):
         state = entries(daemon)["model"]["state"]
         method = rng.choice(_METHODS[state])
-        victim = rng.choice(["daemon", "criu", "both"] + (["init"] if method == "thaw" else []))
+        fresh = ["init"] if method in ("thaw", "fork") else []
+        victim = rng.choice(["daemon", "criu", "both", *fresh])
         delay_s = rng.random() * _LONGEST_S
-        _strike(daemon, method, victim, delay_s)
+        hits[_strike(daemon, method, victim, delay_s)] += 1
         said = f"round {number}: {method}, {victim} after {delay_s:.3f} s"
         _require_whole(daemon, model, said)
+        if hits.total() - hits[""] >= wanted:
+            break
+    print(f"{number + 1} rounds, killed: {dict(hits)}")
+    assert hits.total() - hits[""] >= wanted
+    assert not soak or all(hits[each] >= 10 for each in ("daemon", "criu", "both", "init")), hits
     _bring_on(daemon, model)
     model.require_log()
     wait_no_image(daemon)
@@ -104,8 +113,9 @@ _METHODS = {
 }
 
 
-def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> None:
-    """One operation, and one kill in the middle of it."""
+def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> str:
+    """One operation, and one kill in the middle of it. Who was hit: CRIU or the init may not have been at work."""
+    hit = ""
     asked = threading.Thread(target=ask_quietly, args=(daemon, method), kwargs={"name": "model"})
     asked.start()
     time.sleep(delay_s)
@@ -113,15 +123,19 @@ def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> 
         for pid in criu_at_work(daemon):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                hit = "criu"
     if victim == "init":
         for pid in _fresh_inits(daemon):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                hit = "init"
     if victim in ("daemon", "both"):
         daemon.kill9()
+        hit = "both" if hit else "daemon"
     asked.join()
     if not daemon.is_running:
         daemon.start()
+    return hit
 
 
 def _fresh_inits(daemon: PrivateDaemon) -> list[int]:
