@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -336,3 +337,18 @@ def test_snapshots_are_listed_verified_and_deleted(daemon: PrivateDaemon) -> Non
     folder = daemon.state_dir / "images"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / found["image"]).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_start_in_namespaces_of_its_own_takes_less_than_fifty_ms_more(
+    daemon: PrivateDaemon,
+) -> None:
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(40):
+        isolate = number % 2 == 0
+        began = time.perf_counter()
+        done(daemon, "run", name="start", cmd=["sleep", "1000"], isolate=isolate)
+        took[isolate].append((time.perf_counter() - began) * 1000)
+        done(daemon, "kill", name="start", force=True)
+    inside, outside = (statistics.median(took[isolate]) for isolate in (True, False))
+    print(f"a start takes {inside:.0f} ms in namespaces of its own, {outside:.0f} ms without")
+    assert inside - outside < 50
