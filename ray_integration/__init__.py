@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "Group": "groups",
     "Phases": "phases",
+    "fork": "replicas",
     "freeze": "control",
     "group": "groups",
     "hibernate": "control",

@@ -28,8 +28,8 @@ from gpusched.protocol import messages as m
 _S = ProcState
 #: What every caller is told of the copies.
 NOTE: Final = (
-    "each copy is alone in a network namespace, without TCP or UDP to the outside: its listeners, and the sockets of the "
-    "CUDA driver, have the addresses of the original's"
+    "each copy is alone in a network namespace, without TCP or UDP to the outside: its listeners, and the "
+    "sockets of the CUDA driver, have the addresses of the original's"
 )
 
 
