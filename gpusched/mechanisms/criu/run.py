@@ -38,6 +38,8 @@ _SLOWEST_BYTES_PER_S: Final = 32 * MIB
 _BASE_S: Final = 60.0
 _END_S: Final = 10.0
 _POLL_S: Final = 0.005
+#: How often it is asked whether a dump is still wanted.
+_LOOK_S: Final = 0.05
 #: When memory is short: what is being saved may not survive the end of CRIU. What comes back has its image still, and
 #: begins with CRIU's own score, since CRIU sets none that was 0.
 _SCORES: Final = {"dump": -1000, "restore": 0}
@@ -78,12 +80,14 @@ def dump(
     timeout_s: float,
     main_pid: int = MAIN_PID,
     ghost_limit_bytes: int = GHOST_LIMIT_BYTES,
+    require_wanted: Callable[[], None] | None = None,
 ) -> Done:
     """Saves the tree below ``main_pid`` (as it is inside) into the directory ``images_fd``.
 
     Afterwards all its processes are stopped and the files are complete, but not durable. Blocks for ``timeout_s`` and
     20 s at most. Raises CriuError, InsufficientDisk, DeadlineExceeded, Unavailable (nsenter is missing): then every
     process is as it was before, running or stopped, and no CRIU works on it; what is in the directory is worthless.
+    So too with what ``require_wanted`` raises, which is called again and again meanwhile.
     Whoever dies in the middle leaves there what ``recover_dump`` needs.
     """
     _remove_remaps(inside)
@@ -98,7 +102,8 @@ def dump(
         threads.arm(captured)
         with _empty_directory() as plugins:
             argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)
-            _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
+            fds = (images_fd, plugins)
+            _run(program, inside, argv, fds, timeout_s, name, require_wanted=require_wanted)
         threads.disarm(captured)
     except BaseException as error:
         undo_dump(inside, captured)
@@ -226,6 +231,7 @@ def _run(
     timeout_s: float,
     name: str,
     once_loaded: Callable[[], None] | None = None,
+    require_wanted: Callable[[], None] | None = None,
 ) -> str:
     """Returns the log. Whatever is raised, CRIU has ended."""
     # In memory: the disk may be full, and that is when the log matters.
@@ -240,7 +246,7 @@ def _run(
         code: int | None = None
         try:
             gate.let_through(running, timeout_s)
-            code = running.wait(timeout_s)
+            code = _await(running, timeout_s, require_wanted)
         except subprocess.TimeoutExpired:
             raise _Failed(_text(log), f"CRIU took more than {timeout_s:.0f} s", True) from None
         finally:
@@ -254,6 +260,21 @@ def _run(
         killed = f"CRIU was ended by signal {-code}" if code < 0 else ""
         raise _Failed(text, killed)
     return text
+
+
+def _await(
+    running: subprocess.Popen[bytes], timeout_s: float, require_wanted: Callable[[], None] | None
+) -> int:
+    """The exit code. Raises TimeoutExpired, and what ``require_wanted`` raises."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return running.wait(left if require_wanted is None else min(left, _LOOK_S))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline or require_wanted is None:
+                raise
+        require_wanted()
 
 
 def _text(log: IO[bytes]) -> str:

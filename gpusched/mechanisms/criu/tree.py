@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +55,25 @@ def save(
     timeout_s: float,
     main_pid: int = MAIN_PID,
     keep_cached: bool = False,
+    require_wanted: Callable[[], None] | None = None,
 ) -> Saved:
     """Puts a tree into a draft and leaves it stopped; what is returned goes into ``About``.
 
-    ``keep_cached``: it will come back at once (a fork), so the image stays in the page cache.
+    ``keep_cached``: it will come back at once (a fork), so the image stays in the page cache. ``require_wanted``: as
+    for ``run.dump``.
 
     Raises what ``run.dump`` does, and Unsupported: then every process is as it was before. When the commit fails after
     it, call ``run.undo_dump``.
     """
     with draft.following(keep_cached=keep_cached):
         done = run.dump(
-            program, inside, draft.criu_fd, name=name, timeout_s=timeout_s, main_pid=main_pid
+            program,
+            inside,
+            draft.criu_fd,
+            name=name,
+            timeout_s=timeout_s,
+            main_pid=main_pid,
+            require_wanted=require_wanted,
         )
     try:
         with _directory(inside, SHM) as shm:
