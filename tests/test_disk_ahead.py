@@ -52,6 +52,7 @@ def frozen(daemon: PrivateDaemon, *names: str) -> list[Workload]:
     return models
 
 
+@pytest.mark.slow
 def test_the_coldest_goes_by_itself_and_a_freeze_finds_its_room(
     private_daemon: StartDaemon, slow_criu: dict[str, str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_who_is_wanted_meanwhile_is_given_up_at_once(
     other.require("frozen")
 
 
+@pytest.mark.slow
 def test_who_needs_the_room_waits_for_its_end_and_sends_nobody_else(
     private_daemon: StartDaemon, slow_criu: dict[str, str]
 ) -> None:
@@ -105,6 +107,7 @@ def test_who_needs_the_room_waits_for_its_end_and_sends_nobody_else(
     assert found["b"] in ("frozen", "hibernating"), "perhaps the next one, after that"
 
 
+@pytest.mark.slow
 def test_who_cannot_go_is_tried_once_and_the_next_one_goes(
     private_daemon: StartDaemon, slow_criu: dict[str, str]
 ) -> None:

@@ -58,6 +58,7 @@ def first_since(
     return told(daemon, name)[before + 1]
 
 
+@pytest.mark.slow
 def test_time_on_disk_does_not_count_and_the_date_does(private_daemon: StartDaemon) -> None:
     daemon = private_daemon()
     start(daemon)

@@ -82,6 +82,7 @@ def test_replicas_have_the_state_of_that_moment_and_go_their_own_ways(
     assert get([handle.add.remote(0) for handle in (model, two, third)]) == [5, 7, 7]
 
 
+@pytest.mark.slow
 def test_a_frozen_model_stays_frozen_and_its_replicas_run(
     make: Callable[..., Any], replicate: Callable[..., list[Any]]
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_copy_that_a_person_makes_takes_nothing_from_the_original(
     assert get(model.add.remote(1)) == 3
 
 
+@pytest.mark.slow
 def test_a_class_with_async_methods_and_hooks_has_replicas_too(
     make: Callable[..., Any], replicate: Callable[..., list[Any]]
 ) -> None:
@@ -142,6 +144,7 @@ class HookedAsync(AsyncModel):
         self.calls.append("after_thaw")
 
 
+@pytest.mark.slow
 def test_a_replica_whose_proxy_is_restarted_finds_its_copy_again(
     make: Callable[..., Any], replicate: Callable[..., list[Any]]
 ) -> None:
