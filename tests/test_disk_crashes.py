@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.criu, pytest.mark.root]
 
 #: Longer than any of the operations takes, and than CRIU works for one.
 _LONGEST_S = 0.45
-_CRIU_S = 0.15
+_CRIU_S = 0.1
 
 
 def test_a_dump_that_is_killed_leaves_the_process_as_it_was(private_daemon: StartDaemon) -> None:
@@ -101,7 +101,7 @@ def test_killed_at_random_instants_nothing_is_lost(private_daemon: StartDaemon, 
             break
     print(f"{number + 1} rounds, killed: {dict(hits)}")
     assert hits.total() - hits[""] >= wanted
-    assert not soak or all(hits[each] >= 15 for each in ("daemon", "criu", "both", "init")), hits
+    assert not soak or all(hits[each] >= 5 for each in ("daemon", "criu", "both", "init")), hits
     _bring_on(daemon, model)
     model.require_log()
     wait_no_image(daemon)
