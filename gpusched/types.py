@@ -48,10 +48,11 @@ class SwapResult(TypedDict):
 
 
 class ForkResult(TypedDict):
-    """Each copy is in a network namespace of its own: no TCP but its own loopback."""
+    """Each copy is in a network namespace of its own: no TCP but its own loopback. ``note`` says so, and why."""
 
     source: str
     copies: list[str]
+    note: str
     duration_ms: NotRequired[int]
     simulated: NotRequired[bool]
 

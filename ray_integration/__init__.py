@@ -13,6 +13,7 @@ _HOME = {
     "Group": "groups",
     "Phases": "phases",
     "attach": "control",
+    "fork": "replicas",
     "freeze": "control",
     "group": "groups",
     "hibernate": "control",

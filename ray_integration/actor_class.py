@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 import ray
 
 from ray_integration import compat
+from ray_integration.copies import write_recipe
 from ray_integration.hooks import NAMES
 from ray_integration.host import has_async_methods
 from ray_integration.proxy import OnFrozen, Proxy, Settings
@@ -84,13 +85,14 @@ def freezable(
         start_frozen=start_frozen,
         env=dict(env or {}),
     )
-    make = functools.partial(_make_actor_class, settings=settings, ray_options=ray_options)
+    make = functools.partial(make_actor_class, settings=settings, ray_options=ray_options)
     return make if cls is None else make(cls)
 
 
-def _make_actor_class(
+def make_actor_class(
     cls: type, *, settings: Settings, ray_options: Mapping[str, Any]
 ) -> ActorClass[Any]:
+    """See ``freezable``."""
     if compat.is_actor_class(cls) or not isinstance(cls, type):
         raise TypeError(
             f"freezable takes an ordinary class, not {cls!r}; give Ray's options to it: "
@@ -107,7 +109,7 @@ def _make_actor_class(
         for name, method in inspect.getmembers(cls, _is_method)
         if name not in _OWN
     }
-    members["__init__"] = _constructor(cls, settings)
+    members["__init__"] = _constructor(cls, settings, ray_options)
     members["__doc__"] = cls.__doc__
     members["__module__"] = cls.__module__
     proxy_class = type(cls.__name__, (), members)
@@ -153,15 +155,17 @@ class _Arrived:
         return _Arrived, (self.pickled,)
 
 
-def _constructor(cls: type, settings: Settings) -> Any:
+def _constructor(cls: type, settings: Settings, ray_options: Mapping[str, Any]) -> Any:
     shipped: Any = _Shipped(cls)
     name = cls.__name__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
         self._gpusched = Proxy(settings, name)
+        write_recipe(self._gpusched.about.directory, shipped.pickled, settings, ray_options)
         self._gpusched.begin(shipped.pickled, args, kwargs)
 
-    has_own = cls.__init__ is not object.__init__  # type: ignore[misc]
+    # What takes over a copy makes nothing, so it needs no arguments.
+    has_own = cls.__init__ is not object.__init__ and not settings.host  # type: ignore[misc]
     signature = compat.bare_signature(cls.__init__) if has_own else None  # type: ignore[misc]
     __init__.__signature__ = signature or inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]

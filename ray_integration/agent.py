@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import compat, exchange, keeper, places, tending
+from ray_integration import compat, copies, exchange, keeper, places, tending
 from ray_integration.attending import Attending
 from ray_integration.cluster import Cluster, How, await_node, get
 from ray_integration.metrics import NodeMetrics
@@ -71,6 +71,7 @@ class NodeAgent:
         self._cluster = Cluster(handle)
         self._metrics = NodeMetrics()
         self._attending = Attending(self._client, node_id)
+        self._unclaimed = copies.Unclaimed()
         threading.Thread(target=self._reap, name="gpusched-reap", daemon=True).start()
 
     def node_id(self) -> str:
@@ -124,6 +125,21 @@ class NodeAgent:
             held.settle()
         return dict(result)
 
+    def fork(
+        self, actor_id: str, count: int, gpus: list[int] | None, *, timeout_s: float, force: bool
+    ) -> dict[str, Any]:
+        """Copies of one model, which wait for their actors: see ``replicas.fork``."""
+        about = self._about(actor_id)
+        recipe = copies.recipe_of(about)
+        with (
+            self._metrics.move("fork"),
+            exchange.prepared([about], drain=True, timeout_s=timeout_s),
+        ):
+            names = self._unclaimed.fork(self._client, about.name, count, gpus, force=force)
+        found = {each["name"]: each["gpus"] for each in self._client.processes()}
+        copied = [(name, found[name]) for name in names]
+        return {"node_id": self._node_id, "recipe": recipe, "copies": copied}
+
     def status(self, actor_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What the daemon says of each model's host, and its proxy of its calls."""
         processes = {found["name"]: found for found in self._client.processes()}
@@ -163,6 +179,9 @@ class NodeAgent:
         results = self._cluster.hibernate(actor_ids, How(**how))
         return _shaped([results[each] for each in actor_ids], is_one)
 
+    def fork_anywhere(self, actor_id: str, count: int, gpus: list[int] | None, how: Any) -> Any:
+        return self._cluster.fork(actor_id, count, gpus, How(**how))
+
     def status_all(self, actor_ids: list[str], is_one: bool) -> Any:
         results = self._cluster.status(actor_ids)
         return _shaped([results[each] for each in actor_ids], is_one)
@@ -190,9 +209,11 @@ class NodeAgent:
                         self._attending.tend(about)
                     elif not about.proxy_lives and self._is_over(about):
                         log.warning("%s", keeper.end_host(about))
+                claimed = {each.name for each in found}
+                self._unclaimed.end_due(self._client, claimed)
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + _METRICS_S
-                    self._metrics.show(self._client.processes(), {each.name for each in found})
+                    self._metrics.show(self._client.processes(), claimed)
             except errors.Unavailable:
                 continue  # no daemon at the moment
             except (

@@ -148,6 +148,14 @@ class Cluster:
             done[actor_id] = get(ref, node, how.timeout_s + MOVE_TIMEOUT_S)
         return done
 
+    def fork(self, actor_id: str, count: int, gpus: Sequence[int] | None, how: How) -> Any:
+        """Copies of a model, on its node; what they are, for who makes their actors."""
+        node = self.locate([actor_id], how.timeout_s)[actor_id]
+        ref = self._agent_of(node).fork.remote(
+            actor_id, count, gpus, timeout_s=how.timeout_s, force=how.force
+        )
+        return get(ref, node, how.timeout_s + MOVE_TIMEOUT_S)
+
     def status(self, actor_ids: Sequence[str], node_of: Mapping[str, str] | None = None) -> Results:
         node_of = node_of or self.locate(actor_ids, _FIND_TIMEOUT_S)
         found: Results = {}

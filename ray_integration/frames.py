@@ -71,11 +71,14 @@ class ConnectionLost(Exception):
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Raises ConnectionLost, and closes, unless the other end runs as this process's user."""
+    """Raises ConnectionLost, and closes, unless the other end runs as this process's user, or as root.
+
+    Whoever listens again after it was on disk does so as root: CRIU opens sockets before it gives up root's rights.
+    """
     size = struct.calcsize("3i")
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     _, uid, _ = struct.unpack("3i", raw)
-    if uid != os.geteuid():
+    if uid not in (os.geteuid(), 0):
         sock.close()
         raise ConnectionLost(f"the other end is of uid {uid}, this process of {os.geteuid()}")
 

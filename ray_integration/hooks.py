@@ -21,7 +21,7 @@ NAMES: Final = ("before_freeze", "after_thaw")
 #: Seconds that the hooks of a model may take; a freeze or thaw waits for them.
 TIMEOUT_S: Final = 120.0
 #: Left in the model's directory between the two, for a proxy that is restarted meanwhile.
-_MARK: Final = "prepared"
+MARK: Final = "prepared"
 
 
 class Hooks:
@@ -29,7 +29,7 @@ class Hooks:
 
     def __init__(self, links: Links, directory: Path, names: tuple[str, ...], lane: str) -> None:
         self._links = links
-        self._mark = directory / _MARK
+        self._mark = directory / MARK
         self._names = names
         self._lane = lane
         self._lock = threading.Lock()

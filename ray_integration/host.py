@@ -1,7 +1,7 @@
 """The host process of one model: makes the user's object, and calls its methods for the proxy.
 
-Started by the daemon (``run``), so that it can be frozen, saved and copied. It listens at a Unix socket in the model's
-private directory; the proxy connects. Which thread calls what (a lane is one connection):
+Started by the daemon (``run``), so that it can be frozen, saved and copied. It listens at a Unix socket of its user's
+(``places.own_socket``); the proxy connects. Which thread calls what (a lane is one connection):
 
     main     the main thread, as a plain actor's methods have it; the constructor too
     thread   a thread for each lane: an actor with max_concurrency or concurrency groups
@@ -27,13 +27,11 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from ray_integration import direct, lanes, pickling
+from ray_integration import direct, lanes, pickling, places
 from ray_integration.buffers import BufferPool
 from ray_integration.frames import ConnectionLost, Frame, FrameSocket, Kind, check_peer
 from ray_integration.lanes import Model
 
-#: The name of the host's socket in the model's directory.
-HOST_SOCKET: Final = "host"
 _BACKLOG: Final = 128
 
 
@@ -57,7 +55,7 @@ class Host:
         self._main_lanes: queue.SimpleQueue[FrameSocket] = queue.SimpleQueue()
         self._open: set[FrameSocket] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = directory / HOST_SOCKET
+        path = places.own_socket(directory)
         path.unlink(missing_ok=True)
         previous = os.umask(0o177)
         try:

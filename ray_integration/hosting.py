@@ -6,12 +6,13 @@ calls (``links.py``), what happens when it is frozen (``proxy.py``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +20,8 @@ from gpusched import errors, types
 from gpusched.client import GpuSched
 from ray_integration import places
 from ray_integration.errors import HostLost
-from ray_integration.host import HOST_SOCKET
 from ray_integration.links import Links
-from ray_integration.places import About
+from ray_integration.places import HOST_SOCKET, PRIVATE_SOCKET, About
 
 #: Seconds that a host gets until it listens: an interpreter's start on a busy machine.
 START_TIMEOUT_S: Final = 60.0
@@ -33,6 +33,24 @@ _LOG_LINES: Final = 20
 def find(client: GpuSched, name: str) -> types.ProcessStatus | None:
     """The daemon's entry of this name. Raises DaemonUnavailable."""
     return next((found for found in client.processes() if found["name"] == name), None)
+
+
+def socket_finder(client: GpuSched, about: About) -> Callable[[], Path]:
+    """A function that gives the path at which the model's host can be reached now.
+
+    It asks the daemon: a host that was on disk has another pid. Without a daemon it gives what it gave last.
+    """
+    last = about.directory / HOST_SOCKET
+
+    def path() -> Path:
+        nonlocal last
+        with contextlib.suppress(errors.Unavailable):
+            found = find(client, about.name)
+            if found is not None and found["isolated"]:
+                last = Path(f"/proc/{found['pid']}/root{PRIVATE_SOCKET}")
+        return last
+
+    return path
 
 
 def is_usable(found: types.ProcessStatus | None, about: About) -> bool:

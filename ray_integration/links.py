@@ -49,8 +49,10 @@ def raise_error(frame: Frame) -> Any:
 class Links:
     """All connections of one proxy. Threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | Callable[[], Path]) -> None:
+        """``path``: the host's socket, or a function that says where it is now."""
+        self._find = path if callable(path) else lambda: path
+        self._path = Path()
         self._pool = BufferPool()
         self._idents = itertools.count(1)
         self._lock = threading.Lock()
@@ -62,6 +64,7 @@ class Links:
     def connect(self, lane: str, timeout_s: float = 0.0) -> tuple[FrameSocket, dict[str, Any]]:
         """A new connection, and what the host says of itself. Waits up to ``timeout_s`` for a host that starts."""
         deadline = time.monotonic() + timeout_s
+        self._path = self._find()
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:

@@ -6,7 +6,8 @@
         ACTOR/                       one model
             about.json               who it is; written before its host is started
             lock                     locked by the proxy while it lives: the kernel lets go when it dies
-            start.json, host         what the host begins with, and its socket
+            start.json, host         what the host begins with, and its socket (see ``own_socket``)
+            recipe                   what replicas of the model are made of
             proxy                    the proxy's socket, for the agent
             handle                   of an attached actor, for a new agent: there the agent itself is the proxy
 
@@ -30,6 +31,11 @@ from typing import Final
 
 from gpusched import errors
 
+#: The name of the host's socket in the model's directory.
+HOST_SOCKET: Final = "host"
+#: Where a host listens that has a /dev/shm of its own, and what the first process of such a tree is called.
+PRIVATE_SOCKET: Final = "/dev/shm/gpusched-host"  # noqa: S108 - nobody else's, see ``own_socket``
+_TREE: Final = "gpusched-tree"
 _NAME_CHARACTERS: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _ACTOR_ID: Final = re.compile(r"[0-9a-f]{8,64}")
 
@@ -75,6 +81,19 @@ class About:
     @property
     def proxy_lives(self) -> bool:
         return is_locked(self.directory / "lock")
+
+
+def own_socket(directory: Path) -> Path:
+    """Where this process, the host of the model in ``directory``, is to listen.
+
+    What comes back from an image has its sockets where they were: copies of a host would take one path from another,
+    and from the original. So a host in namespaces of its own listens in its own /dev/shm, which is below
+    /proc/PID/root from outside, for its user and root alone. Any other host can have no copies.
+    """
+    with contextlib.suppress(OSError):
+        if Path("/proc/1/comm").read_text().strip() == _TREE:
+            return Path(PRIVATE_SOCKET)
+    return directory / HOST_SOCKET
 
 
 def base() -> Path:

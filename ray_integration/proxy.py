@@ -24,12 +24,21 @@ from ray.exceptions import TaskCancelledError
 
 from gpusched import errors
 from gpusched.client import GpuSched
-from ray_integration import agent, answering, compat, exchange, hosting, places, tending, watching
+from ray_integration import (
+    agent,
+    answering,
+    compat,
+    copies,
+    exchange,
+    hosting,
+    places,
+    tending,
+    watching,
+)
 from ray_integration.errors import HostLost, ModelFrozen
 from ray_integration.frames import Kind
 from ray_integration.gate import POLL_S, Gate, State
 from ray_integration.hooks import Hooks
-from ray_integration.host import HOST_SOCKET
 from ray_integration.links import Links
 from ray_integration.places import About
 
@@ -40,7 +49,10 @@ _LOCK_TIMEOUT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What ``freezable`` was told. ``gpus``: the daemon's numbers, in place of what Ray assigns."""
+    """What ``freezable`` was told. ``gpus``: the daemon's numbers, in place of what Ray assigns.
+
+    ``host``: the process to take over, a copy of another model's host; such an actor makes none (``replicas.py``).
+    """
 
     on_frozen: OnFrozen = "queue"
     gpus: tuple[int, ...] | None = None
@@ -51,6 +63,7 @@ class Settings:
     #: Which of ``hooks.NAMES`` the class has, and on which lane they run.
     hooks: tuple[str, ...] = ()
     hook_lane: str = "main"
+    host: str = ""
 
 
 class Proxy:
@@ -69,13 +82,14 @@ class Proxy:
         self.about = About(
             actor_id=actor_id,
             node_id=str(context.get_node_id()),
-            name=places.process_name(context.get_actor_name() or class_name, actor_id),
+            name=settings.host
+            or places.process_name(context.get_actor_name() or class_name, actor_id),
             socket=self._client.socket_path,
             gpus=hosting.choose_gpus(ray_gpus, settings.gpus, self._client.status()["gpus"]),
             class_name=class_name,
         )
         self.gate = Gate()
-        self.links = Links(directory / HOST_SOCKET)
+        self.links = Links(hosting.socket_finder(self._client, self.about))
         self._state_lock = threading.Lock()
         self._holds = 0
         self._is_on_gpu = False
@@ -94,7 +108,9 @@ class Proxy:
         Raises what the constructor raises; then no host is left.
         """
         found = hosting.find(self._client, self.about.name)
-        if hosting.is_usable(found, self.about):
+        if self._settings.host:
+            copies.claim(found, self.about)
+        elif hosting.is_usable(found, self.about):
             self.about.write()  # the node may have a new id, and the daemon a new socket
         else:
             self._make(pickled_class, args, kwargs)

@@ -227,14 +227,20 @@ class PrivateDaemon:
             answer = request(self.socket, "kill", name=process["name"], force=True)
             gone = answer["ok"] or answer.get("code") == "not_found"
             assert gone, f"kill {process['name']}: {answer}"
-        wait_until(self._no_vram_left, within_s=VANISH_S, what=f"{self.sim_dir} is empty")
+        try:
+            wait_until(self._no_vram_left, within_s=VANISH_S, what=f"{self.sim_dir} is empty")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self._vram_left()}") from None
         status = self.stop()
         assert status == 0, f"the daemon ended with status {status}"
 
     def _no_vram_left(self) -> bool:
         request(self.socket, "status")  # looking at the GPUs removes what dead processes left
-        left = (self.sim_dir.glob(each) for each in ("procs/*", "saved/*", "trees/*"))
-        return not [path for found in left for path in found]
+        return not self._vram_left()
+
+    def _vram_left(self) -> list[str]:
+        found = (self.sim_dir.glob(each) for each in ("procs/*", "saved/*", "trees/*"))
+        return [str(path.relative_to(self.sim_dir)) for each in found for path in each]
 
 
 def _processes() -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,24 @@ def test_a_dump_that_takes_too_long_is_ended_and_the_process_goes_on(
     assert store.images() == []
 
 
+def test_when_memory_is_short_criu_is_protected_from_its_first_moment_while_it_saves(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(run._SCORES, "dump", 700)  # to lower one takes a capability
+    script = tmp_path / "criu"
+    script.write_text(
+        f'#!/bin/sh\ncat /proc/self/oom_score_adj >>{tmp_path}/scores\nexec {criu.path} "$@"\n'
+    )
+    script.chmod(0o755)
+    scored = dataclasses.replace(criu, path=str(script))
+    with counting(tmp_path / "log") as tree:
+        save(scored, tree, store)
+    with isolated(tmp_path / "log2") as tree:
+        back = bring_back(scored, tree, store, tmp_path / "log")
+        assert Path(f"/proc/{back.main.pid}/oom_score_adj").read_text() == "0\n"
+    assert (tmp_path / "scores").read_text() == "700\n0\n"
+
+
 def test_who_was_stopped_before_a_failed_dump_is_stopped_after_it(
     tmp_path: Path, store: ImageStore, criu: Program
 ) -> None:
@@ -196,6 +216,37 @@ def test_who_was_stopped_before_a_failed_dump_is_stopped_after_it(
         assert tree.counts()[-1] == at
         os.kill(task.pid, signal.SIGCONT)
         tree.wait_for_more()
+
+
+def test_a_parent_that_ends_during_a_save_costs_nobody_below_it(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its child would belong to the init, be in no image, and end with the original."""
+    script = "import os, time\nif os.fork() == 0 and os.fork() == 0: os.setsid()\n"
+    script += "while True: print(os.getpid(), flush=True); time.sleep(0.01)"
+    with isolated(tmp_path / "log", [*PYTHON, "-c", script]) as tree, Inside(tree.init) as inside:
+        wait_until(lambda: len(set(tree.counts())) == 3, within_s=10, what="three of them")
+        main, parent, child = inside.tasks()
+        assert (parent.parent, child.parent) == (main.pid, parent.pid)
+        real = run.dump
+
+        def dump(*args: Any, **kwargs: Any) -> run.Done:
+            os.kill(parent.pid, signal.SIGKILL)
+            wait_until(lambda: parent.pid not in _pids(inside), within_s=5, what="it has ended")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(run, "dump", dump)
+        with pytest.raises(errors.Unsupported, match="has left its parents"):
+            save(criu, tree, store)
+        assert _pids(inside) == {main.pid, child.pid} and store.images() == []
+        before = tree.counts().count(child.inner_pid)
+        wait_until(
+            lambda: tree.counts().count(child.inner_pid) > before, within_s=5, what="it goes on"
+        )
+
+
+def _pids(inside: Inside) -> set[int]:
+    return {task.pid for task in inside.tasks()}
 
 
 def test_a_full_disk_in_the_middle_is_said_and_loses_nothing(tmp_path: Path, criu: Program) -> None:
@@ -589,6 +640,19 @@ def test_a_link_in_shared_memory_gives_nobody_a_file_of_roots(
         assert inside.everybody() == []
 
 
+MAPPER = """
+import mmap, sys, time, zlib
+file = open(sys.argv[1], "rb")
+held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+file.close()
+n = 0
+while True:
+    n += 1
+    print(n, zlib.crc32(held), flush=True)
+    time.sleep(0.01)
+"""
+
+
 def test_a_pipe_in_the_place_of_a_library_does_not_stop_the_daemon(
     tmp_path: Path, store: ImageStore
 ) -> None:
@@ -653,3 +717,67 @@ def test_a_library_that_was_upgraded_does_not_strand_an_image(
         mounts = Path(f"/proc/{tree.init.pid}/mountinfo").read_text()
         assert str(old) not in mounts
     assert all(path.stat().st_nlink == 1 for path in store.root.rglob("kept/*"))
+
+
+def test_an_old_library_is_there_for_the_process_and_not_for_criu(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    """As after an upgrade of the C library, where today's programs do not run with that of then."""
+    used, today = tmp_path / "used", tmp_path / "today"
+    shutil.copy("/bin/false", used)
+    shutil.copy(os.path.realpath("/bin/sh"), today)
+    script = tmp_path / "criu"
+    script.write_text(f'#!{used}\nexec {criu.path} "$@"\n')
+    script.chmod(0o755)
+    argv = [*PYTHON, "-c", MAPPER, str(used)]
+    with isolated(tmp_path / "log", argv) as tree:
+        wait_until(lambda: len(tree.counts()) > 1, within_s=10, what="it has it mapped")
+        sums = tree.sums()
+        save(criu, tree, store)
+    today.rename(used)
+    assert sums != {str(zlib.crc32(used.read_bytes()))}
+    needs_today = dataclasses.replace(criu, path=str(script))
+    with isolated(tmp_path / "log2") as tree:
+        bring_back(needs_today, tree, store, tmp_path / "log")
+        tree.wait_for_more()
+        assert tree.sums() == sums
+        assert str(used) not in Path(f"/proc/{tree.init.pid}/mountinfo").read_text()
+
+
+def test_a_kept_library_that_is_damaged_is_said_and_nothing_is_begun(
+    tmp_path: Path, store: ImageStore, criu: Program
+) -> None:
+    used = tmp_path / "used"
+    shutil.copy("/bin/false", used)
+    with isolated(tmp_path / "log", [*PYTHON, "-c", MAPPER, str(used)]) as tree:
+        wait_until(lambda: len(tree.counts()) > 1, within_s=10, what="it has it mapped")
+        save(criu, tree, store)
+    shutil.copy("/bin/true", tmp_path / "today")
+    (tmp_path / "today").rename(used)
+    with store.open("a") as image:
+        kept_file = next(one for one in image.manifest.used if one.path == str(used))
+        (image.path / "kept" / str(kept_file.kept)).write_bytes(b"\x7fELF garbage")
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with pytest.raises(errors.CriuError, match=f"kept copy of {used} .*: it is damaged"):
+            bring_back(criu, tree, store, tmp_path / "log")
+        assert inside.everybody() == []
+        assert str(used) not in Path(f"/proc/{tree.init.pid}/mountinfo").read_text()
+
+
+def test_what_fails_at_the_gate_ends_criu_there(
+    tmp_path: Path, store: ImageStore, criu: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with counting(tmp_path / "log") as tree:
+        save(criu, tree, store)
+
+    def fail() -> None:
+        raise errors.CriuError("no")
+
+    with isolated(tmp_path / "log2") as tree, Inside(tree.init) as inside:
+        with store.open("a") as image:
+            fd = image.open_criu()
+            with pytest.raises(errors.CriuError, match="no"):
+                run.restore(criu, inside, fd, name="job", timeout_s=60, once_loaded=fail)
+            os.close(fd)
+        assert inside.everybody() == []
+        assert run.find_running_criu(criu, inside) == []

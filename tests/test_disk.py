@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ from disk_tier import (
     start_rich,
     wait_no_image,
 )
+from gpusched.mechanisms import proc
+from gpusched.mechanisms.sim.script import Script
 from live import running
 from workloads import Workload, done, entries, refused
 
@@ -263,6 +268,42 @@ def test_a_descendant_that_hangs_on_the_init_alone_is_in_the_way(daemon: Private
     assert entries(daemon)["orphaned"]["state"] == "active"
 
 
+def init_of(daemon: PrivateDaemon) -> int:
+    (tree,) = (daemon.state_dir / "trees").iterdir()
+    return int(json.loads((tree / "alive.lock").read_text())["pid"])
+
+
+def test_what_loses_its_parents_while_the_tree_is_frozen_for_its_image_is_not_lost(
+    daemon: PrivateDaemon,
+) -> None:
+    trigger, born = daemon.directory / "trigger", daemon.directory / "born"
+    model = f"{sys.executable} -m gpusched.workload --vram 8M"
+    wait = f"until [ -e {trigger} ]; do sleep 0.02; done"
+    orphan = f"(setsid sh -c 'echo $$ >{born}.part; mv {born}.part {born}; exec sleep 987' &)"
+    done(daemon, "run", name="tree", cmd=["sh", "-c", f"{model} & {wait}; {orphan}; wait"])
+    wait_until(lambda: entries(daemon)["tree"]["mem_mb"] == 8, within_s=20, what="it has its VRAM")
+    script = Script(daemon.sim_dir)
+    script.add("checkpoint", delay_s=2)
+    try:
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(request, daemon.socket, "hibernate", name="tree", within_s=60)
+            freezing = ("freezing", "hibernating")
+            wait_until(
+                lambda: entries(daemon)["tree"]["state"] in freezing,
+                within_s=10,
+                what="it was judged",
+            )
+            trigger.touch()
+            answer = asked.result()
+    finally:
+        script.clear()
+    assert answer["code"] == "unsupported" and "has left its parents" in answer["error"], answer
+    assert entries(daemon)["tree"]["state"] == "active" and images(daemon) == []
+    inner = int(born.read_text())
+    inners = [proc.inner_pid(pid) for pid in proc.scan().descendants([init_of(daemon)])]
+    assert inner in inners, "it lives on"
+
+
 def test_hibernate_all_before_a_reboot(daemon: PrivateDaemon) -> None:
     one, two = Workload.start(daemon, "one", "8M"), Workload.start(daemon, "two", "8M", seed=2)
     done(daemon, "run", name="plain", cmd=["sleep", "100"], isolate=False)
@@ -296,3 +337,18 @@ def test_snapshots_are_listed_verified_and_deleted(daemon: PrivateDaemon) -> Non
     folder = daemon.state_dir / "images"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / found["image"]).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_start_in_namespaces_of_its_own_takes_less_than_fifty_ms_more(
+    daemon: PrivateDaemon,
+) -> None:
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(40):
+        isolate = number % 2 == 0
+        began = time.perf_counter()
+        done(daemon, "run", name="start", cmd=["sleep", "1000"], isolate=isolate)
+        took[isolate].append((time.perf_counter() - began) * 1000)
+        done(daemon, "kill", name="start", force=True)
+    inside, outside = (statistics.median(took[isolate]) for isolate in (True, False))
+    print(f"a start takes {inside:.0f} ms in namespaces of its own, {outside:.0f} ms without")
+    assert inside - outside < 50

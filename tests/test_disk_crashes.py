@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from workloads import Workload, done, entries, refused
 
 pytestmark = [pytest.mark.criu, pytest.mark.root]
 
-#: Longer than any of the operations takes.
+#: Longer than any of the operations takes, and than CRIU works for one.
 _LONGEST_S = 0.45
+_CRIU_S = 0.1
 
 
 def test_a_dump_that_is_killed_leaves_the_process_as_it_was(private_daemon: StartDaemon) -> None:
@@ -84,14 +86,22 @@ def test_killed_at_random_instants_nothing_is_lost(private_daemon: StartDaemon, 
     rng = random.Random(seed)
     daemon = private_daemon(gpus=2, vram="256M")
     model = Workload.start(daemon, "model", "24M")
-    for number in range(200 if soak else 10):
+    hits = Counter[str]()
+    wanted = 200 if soak else 10
+    for number in range(3 * wanted):
         state = entries(daemon)["model"]["state"]
         method = rng.choice(_METHODS[state])
-        victim = rng.choice(["daemon", "criu", "both"] + (["init"] if method == "thaw" else []))
-        delay_s = rng.random() * _LONGEST_S
-        _strike(daemon, method, victim, delay_s)
+        fresh = ["init"] if method in ("thaw", "fork") else []
+        victim = rng.choice(["daemon", "criu", "both", *fresh])
+        delay_s = rng.random() * (_LONGEST_S if victim == "daemon" else _CRIU_S)
+        hits[_strike(daemon, method, victim, delay_s)] += 1
         said = f"round {number}: {method}, {victim} after {delay_s:.3f} s"
         _require_whole(daemon, model, said)
+        if hits.total() - hits[""] >= wanted:
+            break
+    print(f"{number + 1} rounds, killed: {dict(hits)}")
+    assert hits.total() - hits[""] >= wanted
+    assert not soak or all(hits[each] >= 5 for each in ("daemon", "criu", "both", "init")), hits
     _bring_on(daemon, model)
     model.require_log()
     wait_no_image(daemon)
@@ -104,24 +114,35 @@ _METHODS = {
 }
 
 
-def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> None:
-    """One operation, and one kill in the middle of it."""
+def _strike(daemon: PrivateDaemon, method: str, victim: str, delay_s: float) -> str:
+    """One operation, and one kill in the middle of it: ``delay_s`` after its begin, or after CRIU or an init has begun.
+
+    Returns who was hit; CRIU or the init may have ended before.
+    """
+    hit = ""
     asked = threading.Thread(target=ask_quietly, args=(daemon, method), kwargs={"name": "model"})
     asked.start()
+    is_at_work = {"daemon": lambda _: True, "init": _fresh_inits}.get(victim, criu_at_work)
+    while asked.is_alive() and not is_at_work(daemon):
+        time.sleep(0.002)
     time.sleep(delay_s)
     if victim in ("criu", "both"):
         for pid in criu_at_work(daemon):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                hit = "criu"
     if victim == "init":
         for pid in _fresh_inits(daemon):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                hit = "init"
     if victim in ("daemon", "both"):
         daemon.kill9()
+        hit = "both" if hit else "daemon"
     asked.join()
     if not daemon.is_running:
         daemon.start()
+    return hit
 
 
 def _fresh_inits(daemon: PrivateDaemon) -> list[int]:

@@ -52,6 +52,7 @@ def test_copies_are_alive_at_the_same_time_with_the_same_contents(daemon: Privat
     model.require_contents()
     result = done(daemon, "fork", name="model", copies=3)
     assert (result["source"], result["copies"]) == ("model", ["model-1", "model-2", "model-3"])
+    assert "without TCP or UDP to the outside" in result["note"]
     model.require("active")
     found = entries(daemon)
     assert {e["state"] for e in found.values()} == {"active"}

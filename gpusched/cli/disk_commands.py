@@ -96,6 +96,7 @@ def fork_command(
     listed = ", ".join(result["copies"])
     rest = f"{result['source']} → {len(result['copies'])} copies: {listed}"
     print_result("Forked", rest, dict(result))
+    click.echo(output.style(result["note"], dim=True))
 
 
 @click.command("snapshots", cls=params.Command)

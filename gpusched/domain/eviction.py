@@ -5,7 +5,7 @@ Covers: off a GPU (``choose_victims``) and out of host RAM (a ``DiskPolicy``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,11 +46,27 @@ class Cold:
 
 
 class DiskPolicy(Protocol):
-    """Who goes from host RAM to disk when a freeze needs the room."""
+    """Who goes from host RAM to disk when a freeze needs the room, or is going to."""
 
     def choose(self, cold: Iterable[Cold], missing_bytes: int) -> tuple[str, ...] | None:
         """Those whose going frees ``missing_bytes``, in the order in which they should go; None if none do."""
         ...
+
+
+def ahead_of_need(
+    policy: DiskPolicy,
+    cold: Sequence[Cold],
+    *,
+    used_bytes: int,
+    budget_bytes: int,
+    reserve_bytes: int,
+) -> str | None:
+    """Who is to go first so that ``reserve_bytes`` of the budget are free; None when they are, or nobody can go."""
+    missing = used_bytes + reserve_bytes - budget_bytes
+    if missing <= 0:
+        return None
+    chosen = policy.choose(cold, min(missing, sum(each.ram_bytes for each in cold)))
+    return chosen[0] if chosen else None
 
 
 class LeastRecentlyUsed:

@@ -51,6 +51,8 @@ class Limits:
     #: None: a share of the RAM that the host has at the moment; a virtual machine's may grow.
     ram_budget_bytes: int | None
     disk_budget_bytes: int
+    #: How much of the RAM budget is kept free ahead of need; 0: nothing.
+    ram_reserve_bytes: int
     log_dir: Path
     lock_timeout_s: float
     kill_grace_s: float

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from gpusched import errors, types
@@ -295,6 +294,7 @@ class Engine:
 
     def _begin_waiting(self) -> None:
         """Begins, in order, every request whose trees are free and not wanted by an earlier one."""
+        self._exchanges.resume()
         wanted: set[str] = set()
         for op in list(self.core.node.operations.values()):
             if op.started:
@@ -302,6 +302,7 @@ class Engine:
             trees = set(op.tree_ids)
             if trees & wanted or trees & self.core.node.busy.keys():
                 wanted |= trees
+                self._exchanges.ahead.give_way(trees)
                 continue
             self._begin(op)
 
@@ -364,12 +365,11 @@ class Engine:
                         f"waited {waited:.0f} s for running operations ({', '.join(map(str, busy))}); nothing was done"
                     ),
                 )
-        now = self.core.unix_s
-        for process in list(self.core.node.processes.values()):
-            if any(t.expires_unix_s <= now for t in process.timed_leases):
-                kept = tuple(t for t in process.timed_leases if t.expires_unix_s > now)
-                self.core.put(replace(process, timed_leases=kept))
-                self.core.events.emit("release", process.name, "the lease ran out")
+        if self._closing:
+            self._exchanges.ahead.give_way(self.core.node.busy)
+        elif (own := self._exchanges.ahead.next()) is not None:
+            self._enqueue(own, own.tree_ids)
+        self._leases.end_overdue()
         if self.core.journal_is_behind or self._journal_is_long():
             self.core.journal_is_behind = False
             records = [*self.core.records_of(self.core.node.processes), *self._open_intents()]

@@ -7,7 +7,7 @@ MoveEnded -> more orders or the end. ``domain/exchange.py`` knows the order of m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from gpusched.domain.moves import Move
 from gpusched.domain.placement import permutation
 from gpusched.domain.states import ProcState
 from gpusched.engine import admission, disk_admission
+from gpusched.engine.ahead import AheadOfNeed
 from gpusched.engine.core import Core
 from gpusched.engine.events import Surveyed
 from gpusched.engine.leases import Leases
@@ -46,6 +47,9 @@ class Exchanges:
         self._leases = leases
         self._orders = orders
         self._to_disk = to_disk or LeastRecentlyUsed()
+        self.ahead = AheadOfNeed(core, self._to_disk, self._cold)
+        #: Operations that need room in RAM, for which somebody is on the way to disk already.
+        self._parked: list[str] = []
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -229,7 +233,10 @@ class Exchanges:
         )
         if shortage is None:
             return True
-        victims = self._to_disk.choose(self._cold(op), shortage.missing_bytes)
+        if self.ahead.is_at_work:
+            self._parked.append(op.op_id)
+            return False
+        victims = self._to_disk.choose(self._cold(op.unmovable), shortage.missing_bytes)
         if not victims:
             raise shortage.error(tuple(op.unmovable.values()))
         op.tree_ids = (*op.tree_ids, *victims)
@@ -238,7 +245,15 @@ class Exchanges:
         self.survey(op)
         return False
 
-    def _cold(self, op: Operation) -> list[Cold]:
+    def resume(self) -> None:
+        """What waited for room in RAM looks again, when that is there or will not come."""
+        if self._parked and not self.ahead.is_at_work:
+            parked, self._parked = self._parked, []
+            for op_id in parked:
+                if op_id in self._core.node.operations:
+                    self.survey(self._core.node.operations[op_id])
+
+    def _cold(self, unmovable: Collection[str]) -> list[Cold]:
         """Frozen trees that may go to disk to make room."""
         node = self._core.node
         if self._core.ports.disk.why_not():
@@ -249,7 +264,7 @@ class Exchanges:
             if p.state is _S.FROZEN
             and p.isolated
             and t not in node.busy
-            and t not in op.unmovable
+            and t not in unmovable
             and node.lease_count(t, self._core.unix_s) == 0
         ]
 

@@ -10,6 +10,7 @@ import itertools
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from gpusched import errors
 from gpusched.domain.exchange import Exchange, GpuMap
@@ -25,6 +26,11 @@ from gpusched.engine.orders import Orders
 from gpusched.protocol import messages as m
 
 _S = ProcState
+#: What every caller is told of the copies.
+NOTE: Final = (
+    "each copy is alone in a network namespace, without TCP or UDP to the outside: its listeners, and the "
+    "sockets of the CUDA driver, have the addresses of the original's"
+)
 
 
 class Forks:
@@ -154,7 +160,7 @@ class Forks:
         names = [c.name for c in copies]
         took = round((self._core.monotonic_s - op.begun_s) * 1000)
         self._core.events.emit("fork", source.name, ", ".join(names), duration_ms=took)
-        result = {"source": source.name, "copies": names, "duration_ms": took}
+        result = {"source": source.name, "copies": names, "note": NOTE, "duration_ms": took}
         if self._core.description.simulated:
             result["simulated"] = True
         self._core.finish(op, result=result)

@@ -94,3 +94,12 @@ class Leases:
         if ended:
             self._core.events.emit("release", process.name)
         return ended
+
+    def end_overdue(self) -> None:
+        """Those by the clock whose time is over."""
+        now = self._core.unix_s
+        for process in list(self._core.node.processes.values()):
+            if any(t.expires_unix_s <= now for t in process.timed_leases):
+                kept = tuple(t for t in process.timed_leases if t.expires_unix_s > now)
+                self._core.put(replace(process, timed_leases=kept))
+                self._core.events.emit("release", process.name, "the lease ran out")

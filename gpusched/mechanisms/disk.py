@@ -69,6 +69,7 @@ class DiskTier:
         self._driver = driver
         self._sizes: dict[str, int] = {}
         self._turns: dict[str, asyncio.Lock] = {}
+        self._given_up: set[str] = set()
         restores = max(2, min(_THREADS // 2, len(os.sched_getaffinity(0)) // 2))
         self._restores = asyncio.Semaphore(restores)
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="disk")
@@ -130,10 +131,23 @@ class DiskTier:
     ) -> Saved:
         for member in members:
             await self._absorb(member.pid)
+        # Again: until it stood still, the tree could open things and have children that lose their parents.
         facts = await self.look(tree_id, main, members, record)
-        saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
+        preflight.require_none(facts.obstacles, self._whose(tree_id)[1].name)
+        try:
+            saved = await self._do(self._save, image_id, tree_id, facts.need_bytes, record)
+        finally:
+            self._given_up.discard(image_id)
         self._sizes[image_id] = saved.size_bytes
         return saved
+
+    def give_up(self, image_id: str) -> None:
+        """See ``ports.Disk``."""
+        self._given_up.add(image_id)
+
+    def _require_wanted(self, image_id: str) -> None:
+        if image_id in self._given_up:
+            raise errors.Cancelled("the process is wanted; it was not saved")
 
     def _save(
         self, image_id: str, tree_id: str, need_bytes: int, record: Mapping[str, object]
@@ -152,10 +166,12 @@ class DiskTier:
                 name=launch.name,
                 timeout_s=run.time_limit_s(need_bytes),
                 keep_cached=_is_for_copies(record),
+                require_wanted=lambda: self._require_wanted(image_id),
             )
             try:
                 for part, directory in self._own_parts(tree_id):
                     draft.save_directory(part, directory)
+                self._require_wanted(image_id)
                 draft.commit(self._about(launch, record, saved, pids))
                 size = disk_bytes(draft.fd)
             except BaseException:
@@ -298,6 +314,7 @@ class DiskTier:
             await self._do(self._store.delete, image_id)
         self._sizes.pop(image_id, None)
         self._turns.pop(image_id, None)
+        self._given_up.discard(image_id)
 
 
 def _told(listed: Listed) -> Image:

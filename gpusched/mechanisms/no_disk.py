@@ -23,6 +23,8 @@ class NoDiskTier:
     async def images(self) -> list[Image]:
         return []
 
+    def give_up(self, image_id: str) -> None: ...
+
     async def delete(self, image_id: str) -> None: ...
 
     async def look(self, *_: object) -> DiskFacts:

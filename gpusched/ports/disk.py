@@ -91,8 +91,12 @@ class Disk(Protocol):
     ) -> Saved:
         """Saves stopped processes, which stay as they are. Blocks for as long as the disk takes.
 
-        Raises CriuError, InsufficientDisk, DeadlineExceeded; then nothing of the image is left.
+        Raises CriuError, InsufficientDisk, DeadlineExceeded, Unsupported, Cancelled; then nothing of the image is left.
         """
+        ...
+
+    def give_up(self, image_id: str) -> None:
+        """The save of this image, if there is one that has not come to its commit, raises Cancelled soon."""
         ...
 
     async def changes(self, image_id: str) -> list[str]:

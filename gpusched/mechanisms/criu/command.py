@@ -55,6 +55,11 @@ def restore(
     ]
 
 
+def settings(pipe_fd: int) -> list[str]:
+    """Has CRIU read settings from a pipe, before it does anything: whoever holds the other end can keep it waiting."""
+    return ["--config", _path(pipe_fd)]
+
+
 def _common(plugins_fd: int) -> list[str]:
     return [*_COMMON, "-L", _path(plugins_fd)]
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -126,6 +127,11 @@ class Inside:
         return self._namespaces.get("net")
 
     @property
+    def mount_namespace(self) -> int:
+        """A descriptor of it."""
+        return self._namespaces["mnt"]
+
+    @property
     def mark(self) -> str:
         """What is in the environment of everything that was started in these namespaces from outside."""
         device, inode = self.pid_namespace
@@ -162,18 +168,28 @@ class Inside:
     # -- starting a program in it -----------------------------------------------------------------
 
     def start(
-        self, argv: Sequence[str], *, output: IO[bytes], pass_fds: Iterable[int] = ()
+        self,
+        argv: Sequence[str],
+        *,
+        output: IO[bytes],
+        pass_fds: Iterable[int] = (),
+        oom_score: int = 0,
     ) -> subprocess.Popen[bytes]:
         """Starts a program in all namespaces of the tree, below a process of ours that ends as it ends.
 
-        It is not of the tree: the tree's first process is not its parent. Raises OSError.
+        It is not of the tree: the tree's first process is not its parent. ``oom_score``: its oom_score_adj, as far as
+        we may set that. Raises OSError.
         """
+        if (nsenter := shutil.which("nsenter")) is None:
+            raise FileNotFoundError(errno.ENOENT, "nsenter (util-linux) is missing")
+        # Before nsenter forks: afterwards its child has the old score already.
+        scored = f'{{ echo {oom_score} >/proc/self/oom_score_adj; }} 2>/dev/null; exec "$@"'
         options = [
             f"{_OPTIONS.get(kind, f'--{kind}')}=/proc/self/fd/{fd}"
             for kind, fd in self._namespaces.items()
         ]
         return subprocess.Popen(
-            ["nsenter", *options, "--", *argv],
+            ["/bin/sh", "-c", scored, "sh", nsenter, *options, "--", *argv],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -1,13 +1,14 @@
 """Copies of the programs and libraries that saved processes have mapped: an upgrade must not strand an image.
 
-Covers: keeping them in an image where that is cheap (reflink, small copies), and showing them to CRIU in the place of
-what is there now, for as long as the restore takes. Blocking; root only.
+Covers: keeping them in an image where that is cheap (reflink, small copies), and showing them to what CRIU brings back
+in the place of what is there now, for as long as the restore takes. Blocking; root only.
 
 Never a hard link: whoever writes to a file of an image, or truncates it, would do that to the system's library.
 
-Only until the processes are back, while they are all stopped: afterwards they have the old files mapped, and nobody in
-their namespaces can start a set-user-id program with libraries that were replaced for a reason. Only what is there
-under its old name can be covered; a file that is gone blocks the restore.
+From when CRIU has loaded its own libraries (it is today's, and may need today's) until the processes are back, while
+they are all stopped: afterwards they have the old files mapped, and nobody in their namespaces can start a set-user-id
+program with libraries that were replaced for a reason. Only what is there under its old name can be covered; a file
+that is gone blocks the restore.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import contextlib
 import fcntl
 import os
 import stat
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Final
+from typing import Final
 
 import msgspec
 
 from gpusched import errors
-from gpusched.mechanisms.criu import system
+from gpusched.mechanisms.criu import mounts, system
 from gpusched.mechanisms.criu.image import KEPT, Draft, Image
 from gpusched.mechanisms.criu.inside import RESOLVE_NO_SYMLINKS, Inside
 from gpusched.mechanisms.criu.manifest import UsedFile, is_same
@@ -35,7 +35,6 @@ from gpusched.units import MIB
 _COPY_FILE_BYTES: Final = 32 * MIB
 COPY_ALL_BYTES: Final = 128 * MIB
 _FICLONE: Final = 0x40049409
-_MOUNT_TIMEOUT_S: Final = 10.0
 
 
 def keep(draft: Draft, inside: Inside, used: Sequence[UsedFile]) -> tuple[UsedFile, ...]:
@@ -120,68 +119,72 @@ def _clone(source: int, target: int, size: int, room: int) -> int | None:
 # -- in the place of what is there now ------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def covering(
-    image: Image, inside: Inside, now: Mapping[str, Seen | None]
-) -> Iterator[dict[str, Seen]]:
-    """Around a restore: the kept files lie over those that have changed; gives what is seen there then.
+class Covers:
+    """The kept files that are to lie over those that have changed. ``seen``: what is seen there then."""
 
-    ``now``: the used files as they are (``system.look``). Everybody inside must be stopped when the block ends.
-    Raises CriuError when a kept file is damaged or cannot be laid over; then nothing is covered.
-    """
-    with contextlib.ExitStack() as stack:
-        covered: dict[str, Seen] = {}
-        for file in image.manifest.used:
-            seen = now.get(file.path)
-            if file.kept is not None and seen is not None and not is_same(file.stamp, seen.stamp):
-                covered[file.path] = _cover(image, inside, file)
-                stack.callback(_uncover, inside, file.path)
-        yield covered
+    def __init__(self, inside: Inside) -> None:
+        self._inside = inside
+        self._fds = contextlib.ExitStack()
+        self._pairs: dict[str, tuple[int, int]] = {}
+        self._laid: list[int] = []
+        self.seen: dict[str, Seen] = {}
 
-
-def _cover(image: Image, inside: Inside, file: UsedFile) -> Seen:
-    assert file.kept is not None
-    with contextlib.ExitStack() as fds:
+    def add(self, image: Image, file: UsedFile) -> None:
+        """Raises CriuError where the kept file is damaged or nothing can lie over what is there."""
+        assert file.kept is not None
         try:
-            kept = inside.open(f"{image.path}/{KEPT}/{file.kept}", os.O_PATH | os.O_NOFOLLOW)
-            fds.callback(os.close, kept)
+            kept = self._open(f"{image.path}/{KEPT}/{file.kept}", 0)
             seen = system.see(os.dup(kept))
             # A link in the way would lead to any place.
-            target = inside.open(file.path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
-            fds.callback(os.close, target)
+            target = self._open(file.path, RESOLVE_NO_SYMLINKS)
         except OSError as error:
             raise _failed(file.path, str(error)) from error
         if seen is None or not is_same(file.stamp, seen.stamp):
             raise _failed(file.path, "it is damaged")
-        bind = ["mount", "--no-canonicalize", "--bind"]
-        paths = [f"/proc/self/fd/{kept}", f"/proc/self/fd/{target}"]
-        _mount(inside, [*bind, *paths], (kept, target), file.path)
-    return seen
+        self._pairs[file.path] = kept, target
+        self.seen[file.path] = seen
 
+    def _open(self, path: str, resolve: int) -> int:
+        fd = self._inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=resolve)
+        self._fds.callback(os.close, fd)
+        return fd
 
-def _uncover(inside: Inside, path: str) -> None:
-    top = inside.open(path, os.O_PATH | os.O_NOFOLLOW, resolve=RESOLVE_NO_SYMLINKS)
-    try:
-        argv = ["umount", "--no-canonicalize", "--lazy", f"/proc/self/fd/{top}"]
-        _mount(inside, argv, (top,), path)
-    finally:
-        os.close(top)
-
-
-def _mount(inside: Inside, argv: list[str], fds: tuple[int, ...], path: str) -> None:
-    with open(os.memfd_create("mount"), "w+b") as said:  # noqa: PTH123
-        running = inside.start(argv, output=said, pass_fds=fds)
+    def lay(self) -> None:
+        """Raises CriuError."""
         try:
-            code = running.wait(_MOUNT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            raise _failed(path, f"{argv[0]} does not end") from None
-        if code != 0:
-            raise _failed(path, _text(said) or f"{argv[0]} ended with {code}")
+            mounts.lay(self._inside.mount_namespace, list(self._pairs.values()), self._laid)
+        except OSError as error:
+            raise _failed(", ".join(self._pairs), str(error)) from error
+
+    def lift(self) -> None:
+        """What lies there is taken away; closes all. Raises CriuError."""
+        with self._fds:
+            try:
+                if self._laid:
+                    mounts.lift(self._inside.mount_namespace, self._laid)
+            except OSError as error:
+                raise _failed(", ".join(self._pairs), f"it stays there: {error}") from error
+            finally:
+                for fd in self._laid:
+                    os.close(fd)
 
 
-def _text(said: IO[bytes]) -> str:
-    return os.pread(said.fileno(), 4096, 0).decode(errors="replace").strip()
+@contextlib.contextmanager
+def covering(image: Image, inside: Inside, now: Mapping[str, Seen | None]) -> Iterator[Covers]:
+    """Around a restore: kept files for those that have changed, to be laid over them once CRIU has its own libraries.
+
+    ``now``: the used files as they are (``system.look``). Everybody inside must be stopped when the block ends, which
+    takes them away again. Raises CriuError when a kept file is damaged or cannot be laid over anything.
+    """
+    covers = Covers(inside)
+    try:
+        for file in image.manifest.used:
+            seen = now.get(file.path)
+            if file.kept is not None and seen is not None and not is_same(file.stamp, seen.stamp):
+                covers.add(image, file)
+        yield covers
+    finally:
+        covers.lift()
 
 
 def _failed(path: str, reason: str) -> errors.CriuError:

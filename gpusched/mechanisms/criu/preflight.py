@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gpusched import errors
 from gpusched.mechanisms.criu import system, unix_peers
 from gpusched.mechanisms.criu.inside import Inside, Task
 from gpusched.mechanisms.criu.run import GHOST_LIMIT_BYTES, MAIN_PID
@@ -77,6 +78,16 @@ def obstacles(
     found += judge_sockets(held, sockets, name)
     found += judge_orphans(inside.init.pid, tasks, name, main_pid)
     return found
+
+
+def require_none(found: Iterable[Obstacle], name: str) -> None:
+    """Raises Unsupported for what is certain: CRIU would fail, or lose it."""
+    for one in found:
+        if one.certain:
+            raise errors.Unsupported(
+                f"{name} cannot be saved to disk: {one.message}",
+                {"pid": one.pid, "kind": one.kind, "certain": True},
+            )
 
 
 def writable_files(tasks: Iterable[Task], ignored: Collection[str] = ()) -> list[str]:

@@ -19,12 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Final
 
 from gpusched import errors
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.criu import command, complaint, threads
+from gpusched.mechanisms.criu.gate import Gate
 from gpusched.mechanisms.criu.inside import Inside, Task, send
 from gpusched.mechanisms.criu.program import Program
 from gpusched.mechanisms.criu.threads import Captured
@@ -38,6 +38,11 @@ _SLOWEST_BYTES_PER_S: Final = 32 * MIB
 _BASE_S: Final = 60.0
 _END_S: Final = 10.0
 _POLL_S: Final = 0.005
+#: How often it is asked whether a dump is still wanted.
+_LOOK_S: Final = 0.05
+#: When memory is short: what is being saved may not survive the end of CRIU. What comes back has its image still, and
+#: begins with CRIU's own score, since CRIU sets none that was 0.
+_SCORES: Final = {"dump": -1000, "restore": 0}
 #: How long a good moment to end CRIU is waited for.
 _PATIENCE_S: Final = 2.0
 #: Lies beside the dump, also when that is complete: until the commit nobody else knows who was stopped.
@@ -75,12 +80,14 @@ def dump(
     timeout_s: float,
     main_pid: int = MAIN_PID,
     ghost_limit_bytes: int = GHOST_LIMIT_BYTES,
+    require_wanted: Callable[[], None] | None = None,
 ) -> Done:
     """Saves the tree below ``main_pid`` (as it is inside) into the directory ``images_fd``.
 
     Afterwards all its processes are stopped and the files are complete, but not durable. Blocks for ``timeout_s`` and
     20 s at most. Raises CriuError, InsufficientDisk, DeadlineExceeded, Unavailable (nsenter is missing): then every
     process is as it was before, running or stopped, and no CRIU works on it; what is in the directory is worthless.
+    So too with what ``require_wanted`` raises, which is called again and again meanwhile.
     Whoever dies in the middle leaves there what ``recover_dump`` needs.
     """
     _remove_remaps(inside)
@@ -95,7 +102,8 @@ def dump(
         threads.arm(captured)
         with _empty_directory() as plugins:
             argv = command.dump(main_pid, images_fd, plugins, ghost_limit_bytes)
-            _run(program, inside, argv, (images_fd, plugins), timeout_s, name)
+            fds = (images_fd, plugins)
+            _run(program, inside, argv, fds, timeout_s, name, require_wanted=require_wanted)
         threads.disarm(captured)
     except BaseException as error:
         undo_dump(inside, captured)
@@ -116,9 +124,11 @@ def restore(
     timeout_s: float,
     inherited: Mapping[str, int] | None = None,
     main_pid: int = MAIN_PID,
+    once_loaded: Callable[[], None] | None = None,
 ) -> Restored:
     """Brings a tree back into fresh namespaces, stopped. Descriptors in ``inherited`` (path as dumped -> descriptor
     that was opened inside, see ``inside.open_log``) take the place of files; closing ours is the caller's part.
+    ``once_loaded`` is called when CRIU has its own libraries and has not touched anything; what it raises is raised.
 
     Blocks for ``timeout_s`` and 20 s at most. Raises CriuError, DeadlineExceeded, Unavailable: then nothing of the
     tree and no CRIU is left in the namespaces, and the image is as it was.
@@ -130,7 +140,7 @@ def restore(
             # As its working directory too: what it would write there are its statistics.
             argv = command.restore(images_fd, empty, empty, inherited=given)
             fds = (images_fd, empty, *given.values())
-            _run(program, inside, argv, fds, timeout_s, name)
+            _run(program, inside, argv, fds, timeout_s, name, once_loaded)
         tasks = inside.tasks()
         main = next((task for task in tasks if task.inner_pid == main_pid), None)
         if main is None:
@@ -220,20 +230,23 @@ def _run(
     fds: Sequence[int],
     timeout_s: float,
     name: str,
+    once_loaded: Callable[[], None] | None = None,
+    require_wanted: Callable[[], None] | None = None,
 ) -> str:
     """Returns the log. Whatever is raised, CRIU has ended."""
     # In memory: the disk may be full, and that is when the log matters.
-    with open(os.memfd_create("criu-log"), "w+b") as log:  # noqa: PTH123
+    with open(os.memfd_create("criu-log"), "w+b") as log, Gate(once_loaded) as gate:  # noqa: PTH123
+        command_line = [program.path, *argv, *gate.options]
         try:
-            running = inside.start([program.path, *argv], output=log, pass_fds=fds)
+            running = inside.start(
+                command_line, output=log, pass_fds=[*fds, *gate.fds], oom_score=_SCORES[argv[0]]
+            )
         except OSError as error:
-            raise errors.Unavailable(
-                f"{argv[0]} of {name}: nsenter (util-linux) cannot be started: {error}"
-            ) from error
-        _protect(running.pid)
+            raise errors.Unavailable(f"{argv[0]} of {name} cannot be started: {error}") from error
         code: int | None = None
         try:
-            code = running.wait(timeout_s)
+            gate.let_through(running, timeout_s)
+            code = _await(running, timeout_s, require_wanted)
         except subprocess.TimeoutExpired:
             raise _Failed(_text(log), f"CRIU took more than {timeout_s:.0f} s", True) from None
         finally:
@@ -249,10 +262,19 @@ def _run(
     return text
 
 
-def _protect(pid: int) -> None:
-    """From the kernel when memory is short: what CRIU works on may not survive it."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
+def _await(
+    running: subprocess.Popen[bytes], timeout_s: float, require_wanted: Callable[[], None] | None
+) -> int:
+    """The exit code. Raises TimeoutExpired, and what ``require_wanted`` raises."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return running.wait(left if require_wanted is None else min(left, _LOOK_S))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline or require_wanted is None:
+                raise
+        require_wanted()
 
 
 def _text(log: IO[bytes]) -> str:

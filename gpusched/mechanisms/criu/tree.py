@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpusched import errors
-from gpusched.mechanisms.criu import kept, manifest, opened, run, system
+from gpusched.mechanisms.criu import kept, manifest, opened, preflight, run, system
 from gpusched.mechanisms.criu.image import Draft, Image
 from gpusched.mechanisms.criu.images import ImageStore
 from gpusched.mechanisms.criu.inside import Inside
@@ -55,22 +55,34 @@ def save(
     timeout_s: float,
     main_pid: int = MAIN_PID,
     keep_cached: bool = False,
+    require_wanted: Callable[[], None] | None = None,
 ) -> Saved:
     """Puts a tree into a draft and leaves it stopped; what is returned goes into ``About``.
 
-    ``keep_cached``: it will come back at once (a fork), so the image stays in the page cache.
+    ``keep_cached``: it will come back at once (a fork), so the image stays in the page cache. ``require_wanted``: as
+    for ``run.dump``.
 
-    Raises what ``run.dump`` does: then every process is as it was before. When the commit fails after it, call
-    ``run.undo_dump``.
+    Raises what ``run.dump`` does, and Unsupported: then every process is as it was before. When the commit fails after
+    it, call ``run.undo_dump``.
     """
     with draft.following(keep_cached=keep_cached):
         done = run.dump(
-            program, inside, draft.criu_fd, name=name, timeout_s=timeout_s, main_pid=main_pid
+            program,
+            inside,
+            draft.criu_fd,
+            name=name,
+            timeout_s=timeout_s,
+            main_pid=main_pid,
+            require_wanted=require_wanted,
         )
     try:
         with _directory(inside, SHM) as shm:
             draft.save_directory(_SHM_PART, shm)
         tasks = inside.tasks()
+        # Who has lost its parents since they were looked for is not in the image, and would be lost with the original.
+        preflight.require_none(
+            preflight.judge_orphans(inside.init.pid, tasks, name, main_pid), name
+        )
         unnamed = opened.unnamed_files(tasks)
         by_turns = opened.has_fixed_names(inside, tasks)
         used = kept.keep(draft, inside, system.used_files(inside, tasks))
@@ -139,7 +151,7 @@ def bring_back(
     _require_unchanged(name, manifest.compare(image.manifest, now, stamps, given))
     try:
         with (
-            kept.covering(image, inside, seen) as covered,
+            kept.covering(image, inside, seen) as covers,
             _criu_directory(image) as images,
             image.verifying(None if keep_cached else lambda: _resident_bytes(inside)),
         ):
@@ -153,8 +165,9 @@ def bring_back(
                 timeout_s=timeout_s,
                 inherited=given,
                 main_pid=main_pid,
+                once_loaded=covers.lay if covers.seen else None,
             )
-            allowed = {one.identity for one in [*_known(image, seen), *covered.values()]}
+            allowed = {one.identity for one in [*_known(image, seen), *covers.seen.values()]}
             allowed |= {_identity(fd) for fd in given.values()} | set(own)
             opened.check(inside, back.tasks, allowed, image.manifest.unnamed, name)
     except BaseException:
