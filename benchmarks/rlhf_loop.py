@@ -1,6 +1,6 @@
 """Seconds for a step of an RLHF loop whose models take turns on one GPU, by each way of taking turns.
 
-    python benchmarks/rlhf_loop.py [--sizes 4,2,2] [--steps 4] [--ways gpusched,to_cpu,resident] [--direct]
+    python benchmarks/rlhf_loop.py [--sizes 4,2,2] [--steps 4] [--ways gpusched,to_cpu,resident]
                                    [--out DIR] [--rehearse]
 
 A step: the policy generates; reward and reference score; the policy is updated. Every way runs the same loop over the
@@ -10,8 +10,7 @@ same models in Ray, one after the other on a GPU that is empty otherwise:
     to_cpu     plain actors; those that go off call ``.to("cpu")`` and give the memory back, then others ``.to("cuda")``
     resident   plain actors that stay on the GPU, where all of them fit
 
-Sizes are the weights of policy, reward and reference in GB. Needs PyTorch; ``--direct`` has the daemon take memory past
-the driver's copy. Each model's contents are digested before and after. ``--rehearse``: every step without PyTorch, on
+Sizes are the weights of policy, reward and reference in GB. Needs PyTorch. Each model's contents are digested before and after. ``--rehearse``: every step without PyTorch, on
 simulated GPUs, with small sizes; no figure to keep.
 """
 
@@ -244,7 +243,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--passes", type=int, default=20, help="passes through a model in a phase")
     parser.add_argument("--ways", default="gpusched,to_cpu,resident")
-    parser.add_argument("--direct", action="store_true", help="the daemon's --direct")
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
     parser.add_argument("--rehearse", action="store_true", help="every step, no figure to keep")
     options = parser.parse_args()
@@ -265,7 +263,7 @@ def main() -> int:
         daemon = private_daemon("sim", "32M")
     else:
         result["ram_touched"] = machine.touch_ram(2 * sum(options.bytes))
-        daemon = private_daemon("cuda", None, *(["--direct"] if options.direct else []))
+        daemon = private_daemon("cuda", None)
     with daemon as client:
         if options.rehearse:
             options.sim_dir = simulated(client)
@@ -274,7 +272,6 @@ def main() -> int:
         "sizes_bytes": dict(zip(ROLES, options.bytes, strict=True)),
         "steps": options.steps,
         "passes": options.passes,
-        "direct": options.direct,
         "ray": ray.__version__,
         "ways": ways,
     }

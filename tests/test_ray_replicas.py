@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from daemons import PrivateDaemon, wait_until
 from gpusched import errors
 from ray_cluster import await_no_hosts, get, states
 from ray_integration import copies, fork, freeze, hibernate, status, swap, thaw
+from ray_integration.frames import ConnectionLost, check_peer
 from ray_models import AsyncModel
 
 pytestmark = [
@@ -202,6 +204,25 @@ def test_the_socket_of_a_host_is_its_users_alone(
     make: Callable[..., Any], cluster: PrivateDaemon
 ) -> None:
     (found,) = get(status([make("private")]))
-    socket = Path(f"/proc/{found['pid']}/root/dev/shm/gpusched-host")
-    assert socket.is_socket()
-    assert socket.stat().st_mode & 0o777 == 0o600
+    path = Path(f"/proc/{found['pid']}/root/dev/shm/gpusched-host")
+    assert path.is_socket()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("peer", "own", "accepted"), [(0, 65534, True), (65534, 0, False)])
+def test_a_peer_may_be_root_which_listens_for_its_user_after_a_restore(
+    peer: int, own: int, accepted: bool
+) -> None:
+    """Of another user's nothing is believed. ``peer`` made the pair; the other end is looked at as ``own``."""
+    pid = os.fork()
+    if pid == 0:
+        os.seteuid(peer)
+        ends = socket.socketpair()
+        os.seteuid(0)
+        os.seteuid(own)
+        try:
+            check_peer(ends[0])
+        except ConnectionLost:
+            os._exit(1)
+        os._exit(0)
+    assert (os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0) is accepted

@@ -1,4 +1,4 @@
-"""Replicas of a hosted PyTorch model on a real GPU: running copies with its weights. Needs ray, PyTorch, CRIU, root."""
+"""Replicas of a hosted PyTorch model on a real GPU: running copies with its weights. Needs ray, PyTorch and CRIU."""
 
 from __future__ import annotations
 
