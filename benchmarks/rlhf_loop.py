@@ -10,8 +10,8 @@ same models in Ray, one after the other on a GPU that is empty otherwise:
     to_cpu     plain actors; those that go off call ``.to("cpu")`` and give the memory back, then others ``.to("cuda")``
     resident   plain actors that stay on the GPU, where all of them fit
 
-Sizes are the weights of policy, reward and reference in GB. Needs PyTorch. Each model's contents are digested before and after. ``--rehearse``: every step without PyTorch, on
-simulated GPUs, with small sizes; no figure to keep.
+Sizes are the weights of policy, reward and reference in GB. Needs PyTorch. Each model's contents are digested before
+and after. ``--rehearse``: every step without PyTorch, on simulated GPUs, with small sizes; no figure to keep.
 """
 
 from __future__ import annotations
