@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -504,6 +505,32 @@ class Course:
             for other in self.workloads:
                 done(self.daemon, "freeze", name=other)
             self.workloads[name] = Workload.start(self.daemon, name, SIZE, seed=ord(name) + number)
+
+
+def test_what_a_daemon_was_killed_over_while_it_forgot_it_is_forgotten(
+    private_daemon: StartDaemon,
+) -> None:
+    daemon = private_daemon()
+    workload = Workload.start(daemon, "w", SIZE, seed=1)
+    done(daemon, "run", name="brief", cmd=["true"])
+    wait_until(lambda: entries(daemon)["brief"]["state"] == "dead", within_s=10, what="it ends")
+    files = daemon.state_dir / "trees"
+    kept = daemon.directory / "kept"
+    before = set(files.iterdir())
+    shutil.copytree(files, kept)
+    done(daemon, "kill", name="brief")
+    wait_until(lambda: set(files.iterdir()) != before, within_s=10, what="it is forgotten")
+    (brief,) = {path.name for path in before} - {path.name for path in files.iterdir()}
+    daemon.kill9()
+    shutil.move(kept / brief, files)
+    (daemon.sim_dir / "trees" / brief / "procs").mkdir(parents=True, exist_ok=True)
+    stray = daemon.sim_dir / "trees" / "00000000deadbeef"  # and of one that has no file any more
+    (stray / "procs").mkdir(parents=True)
+    daemon.start()
+    assert not (files / brief).exists()
+    assert not (daemon.sim_dir / "trees" / brief).exists()
+    assert not stray.exists()
+    workload.require("active")
 
 
 def test_killed_at_random_instants_of_random_operations_nothing_is_lost(

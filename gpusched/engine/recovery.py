@@ -125,6 +125,7 @@ class Recovery:
             if process.state is _S.ACTIVE and process.on_disk is not None:
                 by_id[process.tree_id] = replace(process, on_disk=None)
         await self._disk.finish(by_id)
+        await self._trees.forget_all_but(by_id)
         return list(by_id.values())
 
     async def _look(self, process: Process) -> _Look | None:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -212,6 +212,15 @@ class TreeKeeper:
             elif launch is not None and await self.is_alive(main):
                 found.append((tree_id, launch, main))
         return found
+
+    async def forget_all_but(self, known: Container[str]) -> None:
+        """See ``ports.Trees``."""
+        places = {self._root, *(path.parent for path in self._ground.own_directories("any"))}
+        names = {path.name for place in places if place.is_dir() for path in place.iterdir()}
+        for tree_id in sorted(filter(_TREE_ID.fullmatch, names)):
+            main = self._files(tree_id).main()
+            if tree_id not in known and (main is None or not await self.is_alive(main)):
+                await self.forget(tree_id)
 
     # -- looking ----------------------------------------------------------------------------------
 

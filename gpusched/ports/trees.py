@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,6 +109,12 @@ class Trees(Protocol):
         """Ends all of an isolated tree at once, by its init; returns when nothing of it is left.
 
         Raises DriverError when the kernel does not let go of it within a minute.
+        """
+        ...
+
+    async def forget_all_but(self, known: Container[str]) -> None:
+        """``forget`` for every tree that is not running and not among the ``known`` ids: a daemon that was killed
+        while it forgot one has left the rest of it.
         """
         ...
 
