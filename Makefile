@@ -59,7 +59,7 @@ soak: $(READY) ## every test with its full counts, the slow ones too; keeps the 
 
 bench: $(READY) ## every benchmark, then the report; needs a GPU (BENCH_PYTHON=PATH: one with PyTorch)
 	@status=0; export PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	for program in freeze_thaw cold_start hibernate line_rate preload_cost control_plane ray_calls report; do \
+	for program in freeze_thaw cold_start hibernate line_rate preload_cost control_plane ray_calls rlhf_loop report; do \
 	  $(BENCH_PYTHON) benchmarks/$$program.py || { status=1; echo "$$program did not succeed" >&2; }; \
 	done; exit $$status
 

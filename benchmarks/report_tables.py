@@ -21,6 +21,7 @@ from report_data import (
 )
 from report_format import Page, counts, host, median, milliseconds, rate, seconds, spread, table
 from report_line_rate import line_rate, preload_cost
+from report_ray import ray_calls, rlhf_loop
 
 # -- GPUs -----------------------------------------------------------------------------------------
 
@@ -298,5 +299,7 @@ BLOCKS: dict[str, Callable[[Page], str]] = {
     "hibernate": hibernate,
     "line_rate": line_rate,
     "preload_cost": preload_cost,
+    "rlhf_loop": rlhf_loop,
+    "ray_calls": ray_calls,
     "soak": soak,
 }

@@ -217,6 +217,53 @@ def test_a_soak_shows_what_there_was_before_and_after(tree: Path) -> None:
     assert "| threads | 7 | 7 |" in text
 
 
+def test_a_loop_in_ray_stands_beside_other_ways_to_take_turns(tree: Path) -> None:
+    def way(step: float, swap: float) -> dict[str, Any]:
+        step_s = {"median": step, "min": step - 0.1, "max": step + 0.1, "runs": 3}
+        swap_s = {"median": swap, "min": swap, "max": swap, "runs": 3}
+        return {"step_s": step_s, "swap_s": swap_s, "swap_share": 0.5, "contents_right": True}
+
+    sizes = {"policy": 4_000_000_000, "reward": 2_000_000_000, "reference": 2_500_000_000}
+    more = {"sizes_bytes": sizes, "passes": 20, "ray": "2.60.0"}
+    ways = {"gpusched": way(2.0, 1.0), "to_cpu": way(6.0, 3.0), "resident": {"skipped": "too big"}}
+    save(tree, "old", "rlhf_loop", ways={"gpusched": way(9.0, 8.0)}, **more)
+    save(tree, "one", "rlhf_loop", ways=ways, **more)
+    text = block(filled(tree), "rlhf_loop")
+    assert "4 GB (policy), 2 GB (reward) and 2.5 GB (reference)" in text
+    assert "| **gpusched** | 3 | 2.00 (1.90-2.10) | 1.00 (1.00-1.00) | 50% |" in text
+    assert '| .to("cpu") and back | 3 | 6.00 (5.90-6.10) |' in text
+    assert "Not measured: all stay on the GPU: too big." in text
+    assert "9.00" not in text, "the newest file of the same sizes counts"
+    assert "the contents of all models were the same at the end" in text
+    wrong = {"gpusched": way(2.0, 1.0) | {"contents_right": False}}
+    save(tree, "two", "rlhf_loop", ways=wrong, **more)
+    assert "were NOT THE SAME at the end" in block(filled(tree), "rlhf_loop")
+
+
+def test_a_call_in_ray_stands_beside_a_plain_one(tree: Path) -> None:
+    def summary(median: float) -> dict[str, float]:
+        return {"median": median, "min": median / 2, "max": median * 2, "runs": 20}
+
+    calls = {
+        "plain": {"tiny_ms": summary(1.2), "in_ms": summary(3.0), "out_ms": summary(13.0)},
+        "hosted": {"tiny_ms": summary(1.44), "in_ms": summary(12.0), "out_ms": summary(24.0)},
+        "memcpy_ms": summary(9.0),
+        "judged": {
+            "tiny_over_plain_ms": 0.24,
+            "in_share_of_memcpy": 0.75,
+            "out_share_of_memcpy": 0.375,
+            "plain_in_share_of_memcpy": 3.0,
+            "plain_out_share_of_memcpy": 0.692,
+        },
+    }
+    save(tree, "one", "ray_calls", mib=64, ray="2.60.0", **calls)
+    text = block(filled(tree), "ray_calls")
+    assert "| a call with one number | 1.20 (0.60-2.40) | 1.44 (0.72-2.88) |" in text
+    assert "| 64 MiB as a result | 13.00 (6.50-26.00) | 24.00 (12.00-48.00) |" in text
+    assert "| into the model | 3.00 | 0.75 |" in text
+    assert "A tiny call costs 0.24 ms more than on a plain actor." in text
+
+
 def test_an_unknown_block_is_an_error(tree: Path) -> None:
     (tree / "README.md").write_text("<!-- report: nonsense -->\n<!-- /report -->\n")
     with pytest.raises(KeyError, match="nonsense"):
