@@ -219,11 +219,14 @@ def bring_on(client: GpuSched, models: Sequence[About], *, evict: bool = True) -
 
 def _idle_neighbours(client: GpuSched, models: Sequence[About]) -> list[About]:
     """Other models on their GPUs that nobody uses or leases, the longest idle first."""
-    gpus = {gpu for about in models for gpu in about.gpus}
+    listed = client.processes()
     own = {about.actor_id for about in models}
+    names = {about.name for about in models}
+    # Not those that a model was made on: somebody may have migrated it since.
+    gpus = {gpu for found in listed if found["name"] in names for gpu in found["gpus"]}
     active = {
         found["name"]
-        for found in client.processes()
+        for found in listed
         if found["state"] == "active" and set(found["gpus"]) & gpus and not found["leases"]
     }
     idle: list[tuple[float, About]] = []
