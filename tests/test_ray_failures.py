@@ -15,9 +15,11 @@ import pytest
 import ray
 
 from daemons import ROOT, PrivateDaemon, wait_until
+from gpusched.client import GpuSched
+from gpusched.errors import DaemonUnavailable
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, names, states
-from ray_integration import freeze, status, swap, thaw
+from ray_integration import exchange, freeze, status, swap, thaw
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 MIB = 2**20
@@ -74,6 +76,20 @@ def test_a_host_that_dies_while_nobody_calls_is_noticed(
     model = make("idle", max_restarts=1)
     os.kill(hosts("idle")["pid"], signal.SIGKILL)
     wait_until(lambda: _answers(model), within_s=20, what="the actor is restarted")
+
+
+def test_a_host_that_dies_while_frozen_ends_its_actor_too(
+    make: Callable[..., Any], cluster: PrivateDaemon, hosts: Any
+) -> None:
+    model = make("parked", 8 * MIB, max_restarts=1)
+    get(freeze(model))
+    queued = model.add.remote(5)
+    os.kill(hosts("parked")["pid"], signal.SIGKILL)
+    with pytest.raises(ray.exceptions.ActorUnavailableError):
+        get(queued)
+    wait_until(lambda: _answers(model), within_s=20, what="the actor is restarted")
+    assert states(model) == ["active"], "a new host, which nobody has frozen"
+    assert get(model.history.remote()) == []
 
 
 # -- the proxy ------------------------------------------------------------------------------------
@@ -193,6 +209,37 @@ def _goes_on(cluster: PrivateDaemon) -> None:
     await_no_hosts(cluster, "stays", within_s=GONE_S)
 
 
+SWAPPING = """
+import ray
+ray.init(address={address!r}, log_to_driver=False, logging_level=40, namespace={namespace!r})
+from ray_integration import swap
+ray.get(swap("on", "off"))
+"""
+
+
+def test_a_swap_goes_on_without_the_driver_that_asked_for_it(
+    make: Callable[..., Any], cluster: PrivateDaemon
+) -> None:
+    off, on = make("off", LARGE, start_frozen=True), make("on", LARGE)
+    script = Script(cluster.sim_dir)
+    script.add("checkpoint", when="middle", delay_s=2.5)
+    context = ray.get_runtime_context()
+    program = SWAPPING.format(address=context.gcs_address, namespace=context.namespace)
+    driver = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        wait_until(lambda: script.fired("checkpoint"), within_s=40, what="the freeze has begun")
+        assert driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
+    assert states(off, on) == ["frozen", "freezing"], "in its middle"
+    wait_until(
+        lambda: states(off, on) == ["active", "frozen"], within_s=20, what="the swap is done"
+    )
+    assert get(off.contents.remote()) == b"first bytes"
+    script.clear()
+
+
 @pytest.mark.slow  # a Ray of its own
 def test_the_hosts_of_a_cluster_that_is_gone_end_without_ray(cluster: PrivateDaemon) -> None:
     """Nobody is left who could ask Ray: the keeper acts."""
@@ -237,3 +284,11 @@ def test_without_a_daemon_calls_go_on_and_moves_say_so(
     cluster.start()
     assert get(ref)["tier"] == "ram"
     get(thaw(model))
+
+
+def test_a_daemon_that_does_not_come_back_is_named(tmp_path: Path) -> None:
+    client = GpuSched(str(tmp_path / "no-daemon"))
+    begun = time.monotonic()
+    with pytest.raises(DaemonUnavailable, match="no-daemon"):
+        exchange.insist(client.processes, timeout_s=0.5)
+    assert 0.5 <= time.monotonic() - begun < 5
