@@ -88,9 +88,61 @@ def test_an_example_does_what_it_says_and_leaves_nothing(
         timeout=100,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    for said in SAID[example.name]:
-        assert re.search(said, ended.stdout, re.M), f"{said!r} is missing in:\n{ended.stdout}"
+    check(example.name, ended)
     wait_until(
         lambda: not daemon.client().processes(), within_s=25, what="hosts and keeper have ended"
     )
+
+
+def check(name: str, ended: subprocess.CompletedProcess[str]) -> None:
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for said in SAID[name]:
+        assert re.search(said, ended.stdout, re.M), f"{said!r} is missing in:\n{ended.stdout}"
+
+
+#: A cluster with a node for each daemon's socket, and a driver in it. In a process of its own, as every cluster.
+IN_A_CLUSTER = """
+import subprocess, sys
+from ray.cluster_utils import Cluster
+example, *sockets = sys.argv[1:]
+cluster = Cluster()
+try:
+    for socket in sockets:
+        variables = {"GPUSCHED_SOCKET": socket}
+        cluster.add_node(num_cpus=2, env_vars=variables, include_dashboard=False)
+    ended = subprocess.run([sys.executable, example, cluster.address])
+finally:
+    cluster.shutdown()
+sys.exit(ended.returncode)
+"""
+
+
+@pytest.mark.slow  # a Ray of two nodes
+def test_the_example_of_two_nodes_has_a_model_on_each(daemon: PrivateDaemon) -> None:
+    other = PrivateDaemon(vram="256M")
+    before = daemon.client().status()["metrics"]["freezes"]
+    example = str(ROOT / "examples" / "in_ray" / "two_nodes.py")
+    try:
+        other.start()
+        ended = subprocess.run(
+            [sys.executable, "-c", IN_A_CLUSTER, example, daemon.socket, other.socket],
+            env={
+                **{name: value for name, value in os.environ.items() if name[:4] != "RAY_"},
+                "GPUSCHED_RAY_DIR": str(daemon.directory / "ray"),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        check("two_nodes.py", ended)
+        for each, was in ((daemon, before), (other, 0)):
+            assert each.client().status()["metrics"]["freezes"] - was == 1, "a shard on each"
+            wait_until(
+                lambda each=each: not each.client().processes(),  # type: ignore[misc]
+                within_s=25,
+                what="hosts and keeper have ended",
+            )
+    finally:
+        other.end()
