@@ -19,7 +19,7 @@ from gpusched.client import GpuSched
 from gpusched.errors import DaemonUnavailable
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, names, states
-from ray_integration import exchange, freeze, status, swap, thaw
+from ray_integration import agent, exchange, freeze, status, swap, thaw
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 MIB = 2**20
@@ -236,6 +236,25 @@ def test_a_swap_goes_on_without_the_driver_that_asked_for_it(
     wait_until(
         lambda: states(off, on) == ["active", "frozen"], within_s=20, what="the swap is done"
     )
+    assert get(off.contents.remote()) == b"first bytes"
+    script.clear()
+
+
+def test_a_swap_goes_on_without_the_agent_that_performs_it(
+    make: Callable[..., Any], cluster: PrivateDaemon
+) -> None:
+    off, on = make("off", LARGE, start_frozen=True), make("on", LARGE)
+    script = Script(cluster.sim_dir)
+    script.add("checkpoint", when="middle", delay_s=1.0)
+    ref = swap(on, off)
+    wait_until(lambda: script.fired("checkpoint"), within_s=20, what="the freeze has begun")
+    node_id = ray.get_runtime_context().get_node_id()
+    ray.kill(agent.handle(node_id), no_restart=False)
+    with pytest.raises(ray.exceptions.ActorUnavailableError):
+        get(ref)
+    # Another agent: what was asked is a success, done by now or not, and calls go on.
+    get(swap(on, off))
+    assert states(off, on) == ["active", "frozen"]
     assert get(off.contents.remote()) == b"first bytes"
     script.clear()
 
