@@ -38,8 +38,13 @@ def on_gpu_1(cluster: PrivateDaemon) -> Iterator[Callable[[str], Any]]:
     await_no_hosts(cluster, "neighbour", "fills")
 
 
-def used_mib(daemon: PrivateDaemon) -> list[int]:
-    return [gpu["mem_used_mb"] for gpu in daemon.client().status()["gpus"]]
+def await_used(daemon: PrivateDaemon, wanted: list[int]) -> None:
+    """In MiB, of each GPU. A figure of ``status`` may be a moment old."""
+
+    def used() -> list[int]:
+        return [gpu["mem_used_mb"] for gpu in daemon.client().status()["gpus"]]
+
+    wait_until(lambda: used() == wanted, within_s=5, what=f"{wanted} MiB are in use")
 
 
 @pytest.mark.parametrize("was", ["active", "frozen"])
@@ -58,15 +63,15 @@ def test_a_model_that_is_migrated_keeps_its_state_and_its_handle(
         moved = cluster.client().migrate(host["name"], target)
         assert (moved["from_gpu"], moved["to_gpu"]) == (1 - target, target)
         get(waiting)  # it is on a GPU now, so they went on
-        assert used_mib(cluster) == [0, LARGE // MIB][:: 1 if target else -1]
+        await_used(cluster, [0, LARGE // MIB][:: 1 if target else -1])
         assert get(model.digest.remote()) == right
     assert get(model.history.remote()) == [5, *(list(range(3)) * 3 if was == "frozen" else [])]
     assert hosts("moved")["pid"] == host["pid"]
     # What the driver says afterwards is about where it is now.
     get(freeze(model))
-    assert used_mib(cluster) == [0, 0]
+    await_used(cluster, [0, 0])
     get(thaw(model))
-    assert used_mib(cluster) == [0, LARGE // MIB]
+    await_used(cluster, [0, LARGE // MIB])
     # So does a proxy that knows only where Ray placed it.
     os.kill(get(status(model))["calls"]["proxy_pid"], signal.SIGKILL)
     wait_until(lambda: _answers(model), within_s=20, what="the proxy is restarted")

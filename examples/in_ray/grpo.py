@@ -4,7 +4,7 @@
 
 The reward model likes the letter e. Weights are random unless `--model` names a pretrained policy. In float32 each
 parameter of the policy takes 16 bytes (weight, gradient, AdamW), of the others 4 once they are made: with `--hidden
-4096 --layers 18 --lr 1e-5` each role fits an H100 of 80 GB, all three do not. Needs a gpusched daemon and ray.
+4096 --layers 18 --lr 5e-5` each role fits an H100 of 80 GB, all three do not. Needs a gpusched daemon and ray.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Model:
         with torch.device(self.device):
             model = t.AutoModelForCausalLM.from_pretrained(name) if name else t.GPT2LMHeadModel(c)
         self.model = model.to(self.device, torch.float32).eval()  # no dropout
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, foreach=False)
         for byte in liked.encode() * 30:
             text = torch.randint(256, (GROUP, LENGTH), device=self.device)
             self.step(-self.model(text).logits.log_softmax(-1)[..., byte].mean())
