@@ -85,6 +85,7 @@ def _answers(model: Any) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_call_under_way_stands_still_and_goes_on_elsewhere(
     make: Callable[..., Any], cluster: PrivateDaemon, hosts: Any
 ) -> None:
@@ -113,6 +114,7 @@ def test_room_is_made_where_a_model_is_now_not_where_it_was_made(
     assert states(model, neighbour, elsewhere) == ["frozen", "active", "active"]
 
 
+@pytest.mark.slow
 def test_a_migration_that_does_not_fit_changes_nothing(
     make: Callable[..., Any], on_gpu_1: Callable[[str], Any], cluster: PrivateDaemon, hosts: Any
 ) -> None:
