@@ -69,7 +69,7 @@ def tiny_ms(actor: Any, calls: int) -> list[float]:
 
 def copies_ms(size: int, count: int) -> list[float]:
     """A copy between buffers that were written before: the least that moving the bytes once can cost."""
-    source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
+    source, target = np.ones(size, dtype=np.uint8), np.ones(size, dtype=np.uint8)
     return [timed_ms(lambda: np.copyto(target, source)) for _ in range(count)]
 
 
