@@ -48,8 +48,14 @@ def test_a_restore_that_is_killed_leaves_it_on_disk(private_daemon: StartDaemon)
     daemon = private_daemon()
     model = Workload.start(daemon, "model", "24M")
     done(daemon, "hibernate", name="model")
-    with killing_criu(daemon, delay_s=0.03) as killer:
-        refused(daemon, "criu_error", "thaw", name="model")
+    for delay_s in (0.03, 0.02, 0.01, 0.0):  # on a fast or busy machine it may be done by then
+        with killing_criu(daemon, delay_s) as killer:
+            answer = request(daemon.socket, "thaw", within_s=60.0, name="model")
+        if not answer["ok"]:
+            break
+        model = again(model)
+        done(daemon, "hibernate", name="model")
+    assert answer.get("code") == "criu_error", answer
     assert killer.hits
     assert entries(daemon)["model"]["state"] == "hibernated"
     assert not list(daemon.sim_dir.glob("trees/*/procs/*"))
