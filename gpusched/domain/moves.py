@@ -46,6 +46,8 @@ class Step:
 
 class Move(StrEnum):
     FREEZE = "freeze"
+    #: What a freeze has left of a tree on the GPU, its CUDA contexts, leaves it too.
+    DEEPEN = "deepen"
     THAW = "thaw"
     HIBERNATE = "hibernate"
     WAKE = "wake"
@@ -60,6 +62,12 @@ STEPS: Final[dict[Move, tuple[Step, ...]]] = {
         Step(Op.LOCK, Op.UNLOCK),
         Step(Op.CHECKPOINT, Op.RESTORE),
         Step(Op.STOP, Op.CONTINUE),
+    ),
+    # Whatever fails, the contents are where they were: all there is to mend is that it runs.
+    Move.DEEPEN: (
+        Step(Op.CONTINUE, Op.STOP),
+        Step(Op.CHECKPOINT, Op.STOP),
+        Step(Op.STOP, Op.STOP),
     ),
     Move.THAW: (
         Step(Op.CONTINUE, Op.STOP),

@@ -194,6 +194,8 @@ class Report:
     oom_scores: dict[int, int] | None = None
     #: Members whose saved VRAM belongs to other GPUs now than the tree's record says, and by which map.
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    #: VRAM that a freeze has left to its contexts, in bytes for each GPU.
+    kept: dict[str, int] = field(default_factory=dict)
     error: errors.GpuschedError | None = None
     note: str = ""
 
@@ -219,6 +221,9 @@ class Operation:
     exchange: Exchange | None = None
     promise: Promise | None = None
     evicted: tuple[str, ...] = ()
+    #: Whether what is frozen may leave its context on the GPU; and how many bytes it has left there, by tree.
+    keep_context: bool = False
+    kept_bytes: dict[str, int] = field(default_factory=dict)
     #: Frozen trees that cannot go to disk to make room, and why.
     unmovable: dict[str, str] = field(default_factory=dict)
     #: Of a fork: its copies before they are there, and the image that they come from; then their tree ids.

@@ -16,6 +16,7 @@ class DriverState(StrEnum):
     RUNNING = "running"
     LOCKED = "locked"
     CHECKPOINTED = "checkpointed"
+    PARKED = "parked"  # as checkpointed, but its context is still on the GPU
     CHANGING = "changing"  # a checkpoint or restore is under way
     FAILED = "failed"
     UNKNOWN = "unknown"
@@ -104,12 +105,15 @@ class DriverApi(Protocol):
         """CUDA calls of ``pid`` block from here on. Raises LockTimeout: the process runs on, unlocked."""
         ...
 
-    def checkpoint(self, pid: int) -> None:
-        """LOCKED -> CHECKPOINTED: device memory to host memory, the GPU is released."""
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
+        """LOCKED or PARKED -> CHECKPOINTED: device memory to host memory, the GPU is released.
+
+        ``keep_context``: LOCKED -> PARKED where the backend and the process can, which is faster both ways.
+        """
         ...
 
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
-        """CHECKPOINTED -> LOCKED, onto the GPUs that ``gpu_map`` (a full permutation, UUID to UUID) says."""
+        """CHECKPOINTED or PARKED -> LOCKED, onto the GPUs that ``gpu_map`` (a full permutation, UUID to UUID) says."""
         ...
 
     def unlock(self, pid: int) -> None:
@@ -117,7 +121,7 @@ class DriverApi(Protocol):
         ...
 
     def absorb(self, pid: int) -> None:
-        """CHECKPOINTED stays so; what was kept of it outside of the process is in the process's own memory after it.
+        """CHECKPOINTED stays so, PARKED too; what was kept of it outside of the process is in the process's own memory after it.
 
         For who saves the process or copies it. Works on a stopped process.
         """
@@ -140,7 +144,9 @@ class Driver(Protocol):
     async def usage(self) -> Usage: ...
     async def states(self, pids: Sequence[int]) -> dict[int, DriverState]: ...
     async def lock(self, pid: int, timeout_s: float) -> float: ...
-    async def checkpoint(self, pid: int, deadline_s: float) -> Took: ...
+    async def checkpoint(
+        self, pid: int, deadline_s: float, *, keep_context: bool = False
+    ) -> Took: ...
     async def restore(
         self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
     ) -> Took: ...

@@ -190,7 +190,7 @@ class CudaDriver:
         args.timeoutMs = max(1, round(timeout_s * 1000))  # 0 would wait for ever
         self._call("lock", pid, args)
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:  # noqa: ARG002 - cannot
         """Device memory to host memory. Blocks: about half a second and another for each 2 GB."""
         with self._move(pid):
             self._call("checkpoint", pid, None)

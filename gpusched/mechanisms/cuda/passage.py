@@ -98,6 +98,15 @@ class Passage:
                     copying.result()
             target.drop()
 
+    def deepen(self, target: Target, phases: Phases) -> None:
+        """Of a parked process, the driver's checkpoint of what is left on the GPU. Raises GpuschedError: parked still."""
+        phases.path = "direct"
+        with phases.time("context"):
+            if self._driver.states([target.pid]).get(target.pid) == DriverState.RUNNING:
+                self._driver.lock(target.pid, LOCK_S)
+            if self._driver.states([target.pid]).get(target.pid) == DriverState.LOCKED:
+                self._driver.checkpoint(target.pid)
+
     def _begin_jobs(
         self, jobs: contextlib.ExitStack, snapshot: Snapshot, gpus: Mapping[str, object]
     ) -> dict[str, Mover]:
@@ -117,6 +126,8 @@ class Passage:
 
         Where the mover fails, or has no room beside the process, the process copies for itself.
         """
+        if gpu_map:
+            self.deepen(target, phases)  # only a restore takes it to another GPU
         snapshot = self._pool.find(target.pid, start_ticks(target.pid))
         # To another GPU it goes by itself: which one its memory is on then, it alone can say.
         if snapshot is not None and not snapshot.absorbed and not gpu_map:
