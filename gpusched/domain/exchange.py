@@ -114,11 +114,9 @@ class Exchange:
         """What follows the current phase, of which ``done`` reached their goal."""
         match self.phase:
             case Phase.DEEPEN:
-                self._failed |= not all_done
-                return self._enter(Phase.ROOM if all_done else Phase.ENDED)
+                return self._enter(Phase.ROOM if all_done else Phase.UNDO_OFF)
             case Phase.ROOM:
-                self._failed |= not all_done
-                return self._enter(Phase.OFF if all_done else Phase.ENDED)
+                return self._enter(Phase.OFF if all_done else Phase.UNDO_OFF)
             case Phase.OFF:
                 self._went_off = (*self.owed, *done)
                 return self._enter(Phase.DOWN if all_done else Phase.UNDO_OFF)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from gpusched import errors
 from gpusched.domain.capacity import Promise, Shortage, add, larger, remap, vram_shortages
 from gpusched.domain.exchange import GpuMap
+from gpusched.domain.states import ProcState
 from gpusched.engine.events import Surveyed, TreeFacts
 from gpusched.engine.model import Caller, Process
 from gpusched.ports import Gpu
@@ -176,10 +178,13 @@ def shortages(
     on: Sequence[tuple[Process, GpuMap]],
     facts: Surveyed,
     promises: Iterable[Promise],
+    stays: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Shortage]:
-    """The GPUs on which ``on`` would not fit once ``off`` is frozen."""
+    """The GPUs on which ``on`` would not fit once ``off`` has left; of that ``stays`` bytes remain taken."""
     assert facts.usage is not None
-    free = {uuid: memory.free_bytes for uuid, memory in facts.usage.gpus.items()}
+    free = {
+        uuid: memory.free_bytes - stays.get(uuid, 0) for uuid, memory in facts.usage.gpus.items()
+    }
     return vram_shortages(
         need=need_of(on),
         # What goes off gives its room, and what could not be taken back may have some of its own already.
@@ -206,19 +211,29 @@ def promise_for(
     )
 
 
+def occupants(processes: Iterable[Process], facts: Surveyed) -> dict[str, list[str]]:
+    """The names of those of ``processes`` that are on each GPU; a context that a frozen one has left does not count."""
+    found: dict[str, list[str]] = {}
+    for process in processes:
+        if process.state is not ProcState.FROZEN:
+            for uuid in held_now(process, facts):
+                found.setdefault(uuid, []).append(process.name)
+    return found
+
+
 def too_little_vram(
     names: Sequence[str],
     found: Sequence[Shortage],
     gpus: Mapping[str, Gpu],
-    occupants: Mapping[str, Sequence[str]],
+    there: Mapping[str, Sequence[str]],
     *,
     evict: bool,
 ) -> errors.InsufficientGpuMemory:
-    """The refusal, with who is there and what to do. ``occupants[uuid]`` are names of active processes."""
+    """The refusal, with who is there and what to do. ``there``: see ``occupants``."""
     worst = max(found, key=lambda s: s.missing)
     gpu = gpus.get(worst.gpu)
     where = f"GPU {gpu.index}" if gpu else worst.gpu
-    there = ", ".join(occupants.get(worst.gpu, ())) or "no managed process"
+    names_there = ", ".join(there.get(worst.gpu, ())) or "no managed process"
     promised = (
         f", {format_size(worst.promised)} of it promised to running operations"
         if worst.promised
@@ -232,7 +247,7 @@ def too_little_vram(
     )
     return errors.InsufficientGpuMemory(
         f"{wanted} needs {format_size(worst.need)} on {where}; {format_size(worst.free)} would be free"
-        f"{promised}. Active there: {there}. {advice}",
+        f"{promised}. Active there: {names_there}. {advice}",
         {
             "gpus": [
                 {

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from gpusched import errors
+from gpusched.domain.capacity import Promise, Shortage
 from gpusched.domain.eviction import Candidate, Cold, DiskPolicy, LeastRecentlyUsed, choose_victims
 from gpusched.domain.exchange import Exchange, GpuMap
 from gpusched.domain.moves import Move
 from gpusched.domain.placement import permutation
 from gpusched.domain.states import ProcState
-from gpusched.engine import admission, disk_admission
+from gpusched.engine import admission, disk_admission, kept
 from gpusched.engine.ahead import AheadOfNeed
 from gpusched.engine.core import Core
 from gpusched.engine.events import Surveyed
@@ -68,6 +69,7 @@ class Exchanges:
         for process in (*off, *down):
             self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))
         move = Move.SAVE if isinstance(op.params, m.Fork) else Move.HIBERNATE
+        op.keep_context = getattr(op.params, "keep_context", False)
         op.exchange = Exchange(
             off=tuple(p.tree_id for p in off),
             down={p.tree_id: move for p in down},
@@ -173,6 +175,11 @@ class Exchanges:
         if facts.error is not None:
             raise facts.error
         self._note_vram(op, facts)
+        for tree_id in op.tree_ids:
+            op.kept_bytes[tree_id] = sum(
+                kept.of(self._core.node.processes[tree_id], facts).values()
+            )
+        self._deepen(op, kept.must_go(op, self._core.node.processes, facts))
         off, on = self._members(op)
         assert op.exchange is not None
         if not op.exchange.trees:
@@ -203,8 +210,7 @@ class Exchanges:
         planned = [
             (replace(p, vram=off[0].vram if off else saved[0].vram), g) for p, g in op.planned
         ]
-        short = admission.shortages(off, [*on, *planned], facts, promises)
-        if short:
+        if short := self._short_of_vram(op, off, [*on, *planned], facts, promises):
             self._make_room(op, off, on, short, facts)
             return
         op.promise = admission.promise_for(off, on, facts, disk_admission.need_of(saved, facts))
@@ -297,8 +303,11 @@ class Exchanges:
             op.unmovable[tree_id] = f"{process.name}: {facts.disk[tree_id].obstacles[0].message}"
             del self._core.node.busy[tree_id]
         op.tree_ids = tuple(t for t in op.tree_ids if t not in stuck)
-        kept = tuple(t for t in op.exchange.room if t not in stuck)
-        op.exchange = replace(op.exchange, room=kept)
+        op.exchange = replace(
+            op.exchange,
+            room=tuple(t for t in op.exchange.room if t not in stuck),
+            deepen=tuple(t for t in op.exchange.deepen if t not in stuck),
+        )
         self.survey(op)
         return True
 
@@ -310,12 +319,51 @@ class Exchanges:
                 gpus = tuple(sorted(held)) if process.adopted else process.gpus
                 self._core.put(replace(process, vram=held, gpus=gpus))
 
+    def _deepen(self, op: Operation, trees: Collection[str]) -> None:
+        """Has the contexts of frozen trees go first."""
+        assert op.exchange is not None
+        new = tuple(t for t in trees if t not in op.exchange.deepen)
+        others = tuple(t for t in new if t not in op.tree_ids)
+        op.tree_ids = (*op.tree_ids, *others)
+        self._core.claim(op, others)
+        op.exchange = replace(op.exchange, deepen=(*op.exchange.deepen, *new))
+
+    def _short_of_vram(
+        self,
+        op: Operation,
+        off: Sequence[Process],
+        on: Sequence[tuple[Process, GpuMap]],
+        facts: Surveyed,
+        promises: Sequence[Promise],
+    ) -> list[Shortage]:
+        """What is missing on which GPU once contexts have made way: those that would be left, then those that are."""
+
+        def short() -> list[Shortage]:
+            assert op.exchange is not None
+            going = [self._core.node.processes[t] for t in op.exchange.deepen]
+            each = self._core.description.context_bytes
+            stays = kept.stays(off, facts, each) if op.keep_context else {}
+            return admission.shortages((*off, *going), on, facts, promises, stays)
+
+        found = short()
+        if found and op.keep_context:
+            op.keep_context = False
+            found = short()
+        if found:
+            node = self._core.node
+            assert op.exchange is not None
+            mine = {*(p.tree_id for p, _ in on), *op.exchange.deepen}
+            idle = [p for t, p in node.processes.items() if node.busy.get(t, op.op_id) == op.op_id]
+            self._deepen(op, kept.make_way(found, idle, facts, not_these=mine))
+            found = short()
+        return found
+
     def _make_room(
         self,
         op: Operation,
         off: Sequence[Process],
         on: Sequence[tuple[Process, GpuMap]],
-        short: Sequence[Any],
+        short: Sequence[Shortage],
         facts: Surveyed,
     ) -> None:
         """Adds victims to the operation and surveys again; refuses when it was not asked for or none suffice."""
@@ -326,14 +374,8 @@ class Exchanges:
             else None
         )
         if not victims:
-            occupants: dict[str, list[str]] = {}
-            going = {p.tree_id for p in off}
-            for tree_id, held in facts.held.items():
-                if tree_id not in going and tree_id in self._core.node.processes:
-                    for uuid in held:
-                        occupants.setdefault(uuid, []).append(
-                            self._core.node.processes[tree_id].name
-                        )
+            active = [p for p in self._core.node.processes.values() if p not in off]
+            occupants = admission.occupants(active, facts)
             raise admission.too_little_vram(
                 [p.name for p, _ in on], short, self._core.gpus, occupants, evict=evict
             )

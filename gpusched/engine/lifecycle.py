@@ -18,7 +18,7 @@ from gpusched.engine.core import Core
 from gpusched.engine.events import Launched
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
-from gpusched.ports import DriverState, Identity, Launch, Member, User
+from gpusched.ports import OFF, DriverState, Identity, Launch, Member, User
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Lifecycle:
             uid=owner,
             user=user.name,
             vram=held,
-            is_frozen=with_cuda == {DriverState.CHECKPOINTED},
+            is_frozen=bool(with_cuda) and with_cuda <= OFF,
         )
 
     def _require_adoptable(self, op: Operation, members: list[Member], pid: int) -> None:

@@ -105,4 +105,3 @@ class Mover:
             if last is None or isinstance(last, errors.ProcessExited):
                 break
         return last, tree.oom_scores
-

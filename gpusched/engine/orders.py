@@ -130,7 +130,12 @@ class Orders:
     async def _move(self, op: Operation, order: Order, record_ms: float) -> None:
         process = self._core.node.processes[order.tree_id]
         begun = self._core.monotonic_s
-        report = await self._core.mover.run(Tree.of(process), order.move, order.gpu_map)
+        report = await self._core.mover.run(
+            Tree.of(process),
+            order.move,
+            order.gpu_map,
+            keep_context=op.keep_context and order.move is Move.FREEZE and not order.is_undo,
+        )
         outcome, disk = report.outcome, None
         if isinstance(report.error, errors.ProcessExited) or outcome is Outcome.LOST:
             disk = await self._fall_back(process, report.error)
@@ -145,6 +150,7 @@ class Orders:
                 driver_ms=report.driver_ms,
                 oom_scores=report.oom_scores,
                 moved=report.moved,
+                kept=report.kept,
                 disk=disk,
                 error=report.error,
                 note=report.note,
@@ -230,6 +236,7 @@ class Orders:
             op.error = ended.error
         op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
         op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
+        op.kept_bytes[tree_id] = sum(ended.kept.values())
         phases = op.phases_ms.setdefault(tree_id, {"survey": round(op.survey_ms, 2)})
         phases.update(ended.phases_ms)
         self._tell(op, ended, process)
@@ -339,6 +346,8 @@ def _trigger(ended: MoveEnded) -> Trigger:
         return Trigger.FOUND_HIBERNATED
     if ended.order.move is Move.SAVE and ended.outcome is Outcome.DONE:
         return Trigger.SAVED
+    if ended.order.move is Move.DEEPEN and ended.outcome is Outcome.DONE:
+        return Trigger.DEEPENED
     return Trigger(ended.outcome)
 
 

@@ -21,7 +21,7 @@ from gpusched.domain.capacity import add, remap
 from gpusched.domain.moves import Op
 from gpusched.domain.placement import onward
 from gpusched.engine.model import Tree
-from gpusched.ports import Clock, Driver, DriverState, Member, Took, Trees, Usage
+from gpusched.ports import OFF, Clock, Driver, DriverState, Member, Took, Trees, Usage
 from gpusched.units import GIB, format_size
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ SETTLE_TIMEOUT_S: Final = 120.0
 FROZEN_OOM_SCORE: Final = -900
 
 _S = DriverState
-#: Its contents are off the GPU.
-_OFF: Final = frozenset({_S.CHECKPOINTED, _S.PARKED})
 
 
 def deadline_for(size_bytes: int) -> float:
@@ -95,7 +93,7 @@ class Work:
         #: Whether members may keep their contexts on the GPU, where the driver can do that.
         self._keep_context = keep_context
         #: What counts as off the GPU. An undo goes as deep as it can, and is content with less.
-        self._off = _OFF if keep_context or is_undo else frozenset({_S.CHECKPOINTED})
+        self._off = OFF if keep_context or is_undo else frozenset({_S.CHECKPOINTED})
         self._deadline_s = deadline_for(sum(tree.vram.values()))
         self.phases_ms: dict[str, float] = {}
         self.driver_ms = 0.0
@@ -196,7 +194,7 @@ class Work:
         maps = {
             pid: onward(self.moved.get(pid), self._gpu_map)
             for pid, state in states.items()
-            if state in _OFF
+            if state in OFF
         }
         try:
             calls = {p: self._driver.restore(p, m, self._deadline_s) for p, m in maps.items()}
@@ -307,7 +305,9 @@ class Work:
             raise self._wrong_state(failed, "to be usable")
         return members, states
 
-    async def _all(self, calls: Mapping[int, Awaitable[float]], becomes: DriverState | None) -> None:
+    async def _all(
+        self, calls: Mapping[int, Awaitable[float]], becomes: DriverState | None
+    ) -> None:
         """Waits for all of them, so that none is under way afterwards; then raises the first error.
 
         ``becomes``: what each process is then; None where only the driver can say.
@@ -334,7 +334,7 @@ class Work:
     async def _explain(self, op: Op, error: errors.GpuschedError) -> errors.GpuschedError | None:
         """None when ``op`` was done in spite of ``error``; else the error, as precise as it can be."""
         goals = {
-            Op.LOCK: {_S.LOCKED, *_OFF},
+            Op.LOCK: {_S.LOCKED, *OFF},
             Op.CHECKPOINT: self._off,
             Op.RESTORE: {_S.LOCKED, _S.RUNNING},
             Op.UNLOCK: {_S.RUNNING},

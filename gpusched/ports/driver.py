@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class DriverState(StrEnum):
@@ -20,6 +20,10 @@ class DriverState(StrEnum):
     CHANGING = "changing"  # a checkpoint or restore is under way
     FAILED = "failed"
     UNKNOWN = "unknown"
+
+
+#: The contents of its VRAM are not on the GPU.
+OFF: Final = frozenset({DriverState.CHECKPOINTED, DriverState.PARKED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class Description:
     driver_version: str
     gpus: tuple[Gpu, ...]
     can_migrate: bool
+    #: What a context that stays on a GPU is taken for before it is there, for each process.
+    context_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +127,10 @@ class DriverApi(Protocol):
         ...
 
     def absorb(self, pid: int) -> None:
-        """CHECKPOINTED stays so, PARKED too; what was kept of it outside of the process is in the process's own memory after it.
+        """CHECKPOINTED stays so; what was kept of it outside of the process is in the process's own memory after it.
 
-        For who saves the process or copies it. Works on a stopped process.
+        For who saves the process or copies it. Works on a stopped process. Raises DriverError for a PARKED one, which
+        is as it was: what is on a GPU cannot be saved.
         """
         ...
 

@@ -152,6 +152,11 @@ class DirectDriver:
     def absorb(self, pid: int) -> None:
         with self._move(pid), _find(pid) as target:
             if target is not None and target.phase == Phase.PARKED:
+                if self._driver.states([pid]).get(pid) != DriverState.CHECKPOINTED:
+                    raise errors.DriverError(
+                        f"process {pid} has its context on the GPU still: checkpoint it first",
+                        {"pid": pid},
+                    )
                 self._passage.absorb(target)
 
     # -- keeping little

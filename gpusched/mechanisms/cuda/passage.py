@@ -99,7 +99,10 @@ class Passage:
             target.drop()
 
     def deepen(self, target: Target, phases: Phases) -> None:
-        """Of a parked process, the driver's checkpoint of what is left on the GPU. Raises GpuschedError: parked still."""
+        """Of a parked process, the driver's checkpoint of what is left on the GPU.
+
+        Raises GpuschedError; it is parked still.
+        """
         phases.path = "direct"
         with phases.time("context"):
             if self._driver.states([target.pid]).get(target.pid) == DriverState.RUNNING:

@@ -38,7 +38,7 @@ _ENTRY: Final = struct.Struct("<IIQ")
 
 
 #: What a parked process keeps on a GPU, or all that it has there: stands for a CUDA context.
-CONTEXT_BYTES: Final = 64 << 20
+CONTEXT_BYTES: Final = 4 << 20
 
 
 class Word(IntEnum):

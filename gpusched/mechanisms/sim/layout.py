@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from gpusched.mechanisms.sim.control import (
-    Allocation,
     Control,
     Record,
     flocked,
