@@ -102,6 +102,19 @@ def test_others_contexts_go_when_a_thaw_needs_the_room(private_daemon: StartDaem
     extra.require_contents()
 
 
+def test_contexts_go_when_a_process_is_started_on_their_gpu(private_daemon: StartDaemon) -> None:
+    daemon = private_daemon(gpus=2, vram="40M")
+    here = Workload.start(daemon, "here", "16M", gpu=0, seed=1)
+    there = Workload.start(daemon, "there", "16M", gpu=1, seed=2)
+    for model in (here, there):
+        done(daemon, "freeze", name=model.name, keep_context=True)
+    assert free_mb(daemon) == 40 - CONTEXT_MB
+    new = Workload.start(daemon, "new", "38M", gpu=0, seed=3)
+    here.require("frozen")
+    there.require("frozen", context_mb=CONTEXT_MB)
+    new.require_contents()
+
+
 def test_contexts_go_before_anybody_is_evicted(private_daemon: StartDaemon) -> None:
     daemon = private_daemon(vram="40M")
     kept = Workload.start(daemon, "kept", "16M", seed=1)
