@@ -24,9 +24,11 @@ def line_rate(page: Page) -> str:
         found.setdefault(result.device, []).append(result)
     for (gpu, driver), results in sorted(found.items()):
         runs: dict[tuple[float, str, str], list[Any]] = {}
-        for row in (row for result in results for row in result.data["rows"]):
-            for way, some in row["ways"].items():
-                runs.setdefault((row["gigabytes"], row["kind"], way), []).extend(some)
+        for result in results:
+            for row in result.data["rows"]:
+                for way, some in row["ways"].items():
+                    into = runs.setdefault((row["gigabytes"], row["kind"], way), [])
+                    into += [run | {"ceiling": result.data["ceiling"]} for run in some]
         rows = []
         for gigabytes, kind in sorted({key[:2] for key in runs}):
             for way in (w for w in LINE_RATE_WAYS if (gigabytes, kind, w) in runs):
@@ -35,7 +37,8 @@ def line_rate(page: Page) -> str:
                 rows.append(
                     [
                         *(LINE_RATE_WAYS[way], f"{gigabytes:g} {kind}", str(len(some))),
-                        *(spread(off), rate(gigabytes, off), spread(on), rate(gigabytes, on)),
+                        *(spread(off), rate(gigabytes, off), _share(some, "freeze_ms", "to_host")),
+                        *(spread(on), rate(gigabytes, on), _share(some, "thaw_ms", "to_device")),
                     ]
                 )
         rates = [result.data["ceiling"] for result in results]
@@ -43,13 +46,24 @@ def line_rate(page: Page) -> str:
             "-".join(sorted({str(one[key]) for one in rates}))
             for key in ("to_host_gb_s", "to_device_gb_s")
         )
-        head = ("way", "GB", "runs", "off, s", "GB/s", "back, s", "GB/s")
+        head = ("way", "GB", "runs", "off, s", "GB/s", "of it", "back, s", "GB/s", "of it")
         texts.append(
             f"{gpu}, driver {driver}. A pinned copy in the same runs, the ceiling: {to_host} GB/s off, {to_device} "
-            f"GB/s back. Median (minimum-maximum). {page.links(result.path for result in results)}\n\n"
+            f'GB/s back; "of it": what really moved, scratch memory included, against that. Median '
+            f"(minimum-maximum). {page.links(result.path for result in results)}\n\n"
             f"{table(head, rows)}"
         )
     return "\n".join(texts)
+
+
+def _share(runs: list[Any], key: str, direction: str) -> str:
+    """The median of what share of the ceiling the bytes that really moved had."""
+    shares = [
+        run["moved_bytes"] / run[key] / 1e6 / run["ceiling"][f"{direction}_gb_s"]
+        for run in runs
+        if run.get("moved_bytes")
+    ]
+    return f"{statistics.median(shares):.2f}" if shares else ""
 
 
 def preload_cost(page: Page) -> str:
