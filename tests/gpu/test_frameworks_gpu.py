@@ -53,7 +53,7 @@ def goes_on(client: GpuSched, name: str) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "jax"])
-def test_a_busy_process_leaves_and_comes_back(private_daemon: StartDaemon, framework: str) -> None:
+def test_a_busy_process_leaves_and_comes_back(daemon: PrivateDaemon, framework: str) -> None:
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"needs {framework}")
     seed = int(os.environ.get("GPUSCHED_SEED", "0")) or random.SystemRandom().randrange(10**6)
