@@ -481,7 +481,7 @@ def test_descriptors_that_are_no_memory_are_an_error_of_the_mover(
     bench: Bench, program: Program
 ) -> None:
     """A file, a directory or a socket instead of memory: the process goes on, by the driver's way."""
-    taken = bench.direct.pool.take(program.pid, 0, 0, [(0, "", 4 * MIB)])
+    taken = bench.direct.pool.take(program.pid, 0, [(0, "", 4 * MIB)])
     with (
         Path("/etc/passwd").open() as file,
         bench.direct.movers.of("GPU-5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a").job(taken) as mover,

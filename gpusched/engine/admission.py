@@ -144,6 +144,29 @@ def host_ram_shortage(
     return None
 
 
+def require_quota(
+    off: Sequence[Process],
+    in_ram: Sequence[Process],
+    facts: Surveyed,
+    quota_bytes: int,
+) -> None:
+    """Raises InsufficientHostMemory when freezing ``off`` exceeds what an ordinary user's may take of host RAM."""
+    for uid in {p.uid for p in off} - {0}:
+        need = sum(sum(held_now(p, facts).values()) for p in off if p.uid == uid)
+        taken = sum(p.vram_bytes for p in in_ram if p.uid == uid)
+        if need and need + taken > quota_bytes:
+            raise errors.InsufficientHostMemory(
+                f"this needs {format_size(need)} of host RAM; uid {uid} has {format_size(taken)} of its "
+                f"{format_size(quota_bytes)} (user_ram_budget). Thaw, hibernate or kill something frozen.",
+                {
+                    "need_bytes": need,
+                    "snapshots_bytes": taken,
+                    "budget_bytes": quota_bytes,
+                    "uid": uid,
+                },
+            )
+
+
 def _require_cgroup_room(
     off: Sequence[Process], facts: Surveyed, numbers: Mapping[str, int]
 ) -> None:

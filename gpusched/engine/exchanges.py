@@ -175,11 +175,9 @@ class Exchanges:
         if facts.error is not None:
             raise facts.error
         self._note_vram(op, facts)
-        for tree_id in op.tree_ids:
-            op.kept_bytes[tree_id] = sum(
-                kept.of(self._core.node.processes[tree_id], facts).values()
-            )
-        self._deepen(op, kept.must_go(op, self._core.node.processes, facts))
+        processes = self._core.node.processes
+        op.kept_bytes |= {t: sum(kept.of(processes[t], facts).values()) for t in op.tree_ids}
+        self._deepen(op, kept.must_go(op, processes, facts))
         off, on = self._members(op)
         assert op.exchange is not None
         if not op.exchange.trees:
@@ -227,6 +225,9 @@ class Exchanges:
         """
         assert op.exchange is not None
         promises = self._core.promises(except_op=op.op_id, since_s=facts.taken_s)
+        asked = [p for p in off if p.tree_id not in op.evicted]  # who was in the way is not charged
+        if (quota := self._core.limits.user_ram_budget_bytes) is not None:
+            admission.require_quota(asked, self._core.in_host_ram(), facts, quota)
         leaving = [self._core.node.processes[t] for t in op.exchange.room]
         shortage = admission.host_ram_shortage(
             off,

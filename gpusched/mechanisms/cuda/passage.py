@@ -64,9 +64,7 @@ class Passage:
         """
         try:
             pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
-            snapshot = self._pool.take(
-                target.pid, start_ticks(target.pid), proc.ruid(target.pid) or 0, pieces
-            )
+            snapshot = self._pool.take(target.pid, start_ticks(target.pid), pieces)
         except (errors.GpuschedError, OSError, Refused) as error:
             raise NotBegun from error
         with contextlib.ExitStack() as jobs:
