@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -518,7 +519,7 @@ def test_a_users_frozen_processes_keep_to_that_users_share_of_host_ram(
 ) -> None:
     config = tmp_path / "config.toml"
     config.write_text('user_ram_budget = "20M"\n')
-    daemon = private_daemon(vram="64M", args=["--config", str(config)])
+    daemon = private_daemon(gpus=2, vram="64M", args=["--config", str(config)])
     for name in ("first", "second", "third"):
         answer = ask_as(
             ALICE, daemon.socket, "run", name=name, evictable=True, **others_workload("8M")
@@ -528,15 +529,30 @@ def test_a_users_frozen_processes_keep_to_that_users_share_of_host_ram(
     start(daemon, "roots", "24M")
     for name in ("first", "second"):
         ask(daemon, "freeze", name=name)
+    # What does not stay in host RAM is not charged.
+    ask(daemon, "migrate", name="third", gpu=1)
+    ask(daemon, "migrate", name="third", gpu=0)
+    ask(daemon, "swap", off="third", on="first")
+    ask(daemon, "swap", off="first", on="third")
     for asking in (0, ALICE):  # whose it is counts, not who asks
         answer = ask_as(asking, daemon.socket, "freeze", name="third")
         assert answer["code"] == "insufficient_host_memory", answer
         assert "uid 65534 has 16 MiB of its 20 MiB (user_ram_budget)" in answer["error"]
     prove_contents(daemon, "third")
     ask(daemon, "freeze", name="roots")
-    ask(daemon, "thaw", name="first")
-    ask(daemon, "freeze", name="third")
-    assert state(daemon, "third") == "frozen"
+    for name in ("first", "second"):
+        ask(daemon, "thaw", name=name)
+    # Several at once are not less.
+    with ThreadPoolExecutor(3) as pool:
+        asked = [
+            pool.submit(request, daemon.socket, "freeze", name=name)
+            for name in ("first", "second", "third")
+        ]
+        assert sorted(one.result(30)["ok"] for one in asked) == [False, True, True]
+    for name in ("first", "second", "third"):
+        ask(daemon, "thaw", name=name)
+    for name in ("second", "third"):
+        ask(daemon, "freeze", name=name)
     # Who is in somebody else's way goes all the same.
     start(daemon, "large", "40M")
     assert ask(daemon, "thaw", name="roots", evict=True)["evicted"] == ["first"]

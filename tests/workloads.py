@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,6 @@ class Workload:
         word, work, where = self.driver()
         off = Word.PARKED if context_mb else Word.CHECKPOINTED
         wanted = Word.RUNNING if state == "active" else off
-        if context_mb != entry["context_mb"]:  # a sample may be a quarter of a second old
-            time.sleep(0.3)
-            entry = self.entry
         assert entry["context_mb"] == context_mb, entry
         assert (word, work) == (wanted, Work.NONE), (
             f"{self.name} is {state}, the driver says {word!r}"

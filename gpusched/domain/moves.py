@@ -24,6 +24,8 @@ class Op(StrEnum):
     RESTORE = "restore"
     STOP = "stop"
     CONTINUE = "continue"
+    #: Only those whose contexts are on a GPU.
+    CONTINUE_KEPT = "continue_kept"
     #: The tree as an image on disk, committed. Undone, nothing of that image is left.
     SAVE = "save"
     DISCARD = "discard"
@@ -65,7 +67,7 @@ STEPS: Final[dict[Move, tuple[Step, ...]]] = {
     ),
     # Whatever fails, the contents are where they were: all there is to mend is that it runs.
     Move.DEEPEN: (
-        Step(Op.CONTINUE, Op.STOP),
+        Step(Op.CONTINUE_KEPT, Op.STOP),
         Step(Op.CHECKPOINT, Op.STOP),
         Step(Op.STOP, Op.STOP),
     ),

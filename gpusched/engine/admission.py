@@ -146,18 +146,23 @@ def host_ram_shortage(
 
 def require_quota(
     off: Sequence[Process],
-    in_ram: Sequence[Process],
+    in_ram: Iterable[Process],
     facts: Surveyed,
     quota_bytes: int,
 ) -> None:
-    """Raises InsufficientHostMemory when freezing ``off`` exceeds what an ordinary user's may take of host RAM."""
+    """Raises InsufficientHostMemory when freezing ``off`` exceeds what an ordinary user's may take of host RAM.
+
+    ``in_ram``: whose contents are there already, or on their way.
+    """
+    in_ram = list(in_ram)
     for uid in {p.uid for p in off} - {0}:
         need = sum(sum(held_now(p, facts).values()) for p in off if p.uid == uid)
         taken = sum(p.vram_bytes for p in in_ram if p.uid == uid)
+        advice = "Thaw, hibernate or kill something frozen." if taken else "It alone exceeds that."
         if need and need + taken > quota_bytes:
             raise errors.InsufficientHostMemory(
                 f"this needs {format_size(need)} of host RAM; uid {uid} has {format_size(taken)} of its "
-                f"{format_size(quota_bytes)} (user_ram_budget). Thaw, hibernate or kill something frozen.",
+                f"{format_size(quota_bytes)} (user_ram_budget). {advice}",
                 {
                     "need_bytes": need,
                     "snapshots_bytes": taken,
@@ -222,13 +227,14 @@ def promise_for(
     on: Sequence[tuple[Process, GpuMap]],
     facts: Surveyed,
     disk_bytes: int = 0,
+    stays: Mapping[str, int] = MappingProxyType({}),
 ) -> Promise:
-    """Room for the way forward and for the way back."""
+    """Room for the way forward, beside which ``stays`` remains of ``off``, and for the way back."""
     back = add(*(held_now(p, facts) for p in off))
     waking = sum(on_disk_bytes(p) for p, _ in on if p.main is None)
     return Promise(
         tree_ids=frozenset({p.tree_id for p in off} | {p.tree_id for p, _ in on}),
-        vram=larger(need_of(on), back),
+        vram=larger(add(need_of(on), stays), back),
         host_bytes=sum(back.values()) + waking,
         disk_bytes=disk_bytes,
     )

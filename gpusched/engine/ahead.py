@@ -89,13 +89,25 @@ class AheadOfNeed:
 
 
 def clear_contexts(core: Core, gpus: Collection[str]) -> None:
-    """Has frozen processes leave nothing on ``gpus`` (UUIDs). Returns at once; one that fails stays as it was."""
-    for tree_id, held in core.sampler.last.held.items():
-        process = core.node.processes.get(tree_id)
-        if process is not None and process.state is ProcState.FROZEN and held.keys() & set(gpus):
-            op = _of_our_own(core, "freeze", m.Freeze(name=process.name), tree_id)
-            op.future.add_done_callback(_log_failure)
-            core.node.operations[op.op_id] = op
+    """Has frozen processes leave nothing on ``gpus`` (UUIDs), as far as is known. Returns at once."""
+    for tree_id, process in list(core.node.processes.items()):
+        if process.state is ProcState.FROZEN and process.kept.keys() & set(gpus):
+            deepen(core, tree_id)
+
+
+def deepen(core: Core, tree_id: str) -> str:
+    """Has one frozen process leave nothing on its GPUs; the operation's id.
+
+    It is a freeze that nobody asked for: when its turn comes and the process runs, nothing is done. One that fails
+    leaves the process frozen as it was, which is logged.
+    """
+    for waiting in core.node.operations.values():
+        if waiting.caller is None and waiting.kind == "freeze" and waiting.tree_ids == (tree_id,):
+            return waiting.op_id
+    op = _of_our_own(core, "freeze", m.Freeze(name=core.node.processes[tree_id].name), tree_id)
+    op.future.add_done_callback(_log_failure)
+    core.node.operations[op.op_id] = op
+    return op.op_id
 
 
 def _of_our_own(core: Core, kind: str, params: m.Freeze | m.Hibernate, tree_id: str) -> Operation:

@@ -7,10 +7,10 @@ saved to disk, and when its owner asks for a freeze that leaves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from gpusched.domain.capacity import Shortage, add
-from gpusched.domain.eviction import Candidate, choose_victims
+from gpusched.domain.capacity import add
+from gpusched.domain.eviction import Candidate
 from gpusched.domain.states import ProcState
 from gpusched.engine.events import Surveyed
 from gpusched.engine.model import Operation, Process
@@ -48,17 +48,10 @@ def stays(off: Iterable[Process], facts: Surveyed, context_bytes: int) -> dict[s
     )
 
 
-def make_way(
-    short: Sequence[Shortage],
-    processes: Iterable[Process],
-    facts: Surveyed,
-    not_these: Collection[str],
-) -> tuple[str, ...]:
-    """Frozen trees whose contexts are to go because the room is ``short``: the fewest that do, else all that help."""
-    missing = {s.gpu: s.missing for s in short}
-    candidates = [
-        Candidate(tree_id=p.tree_id, last_used_unix_s=p.last_used_unix_s, vram=of(p, facts))
+def candidates(processes: Iterable[Process], facts: Surveyed) -> list[Candidate]:
+    """Those of ``processes`` that are frozen and have contexts on GPUs, which can go."""
+    return [
+        Candidate(tree_id=p.tree_id, last_used_unix_s=p.last_used_unix_s, vram=held)
         for p in processes
-        if p.tree_id not in not_these and of(p, facts).keys() & missing.keys()
+        if (held := of(p, facts))
     ]
-    return choose_victims(candidates, missing) or tuple(c.tree_id for c in candidates)

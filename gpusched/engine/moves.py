@@ -61,6 +61,7 @@ class Mover:
                 oom_scores=work.oom_scores,
                 moved=dict(tree.moved) if move is Move.DEEPEN else {},
                 kept=await self._kept(work) if keep_context else {},
+                late=work.late,
             )
         log.warning("move failed move=%s tree=%s error=%s", move, tree.tree_id, error)
         undone, scores = await self._undo(work.left_behind(), move, last)
@@ -72,6 +73,7 @@ class Mover:
             driver_ms=work.driver_ms,
             oom_scores=dict(scores),
             moved=work.moved if move is not Move.FREEZE or undone is not None else {},
+            kept=await self._kept(work) if move is not Move.FREEZE and undone is None else {},
             error=error,
             note="" if undone is None else f"taking it back failed too: {undone}",
         )

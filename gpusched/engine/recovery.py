@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from gpusched import errors
+from gpusched.domain.capacity import add
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger
 from gpusched.engine.disk_recovery import DiskRecovery
@@ -239,14 +240,23 @@ class Recovery:
             # What is only locked has its VRAM still.
             fits = not found & OFF or await self._fits(process)
             move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
-        return await self._move(process, move, wanted, f"was {was}")
-
-    async def _move(self, process: Process, move: Move, wanted: ProcState, why: str) -> Process:
-        """Performs or finishes ``move``; the process after it, whichever way it ended."""
         # A context that is on the GPU may stay there: whoever needs the room has it taken off.
-        report = await self._mover.run(Tree.of(process), move, keep_context=move is Move.FREEZE)
+        keep = bool(found) and found <= OFF
+        return await self._move(process, move, wanted, f"was {was}", keep_context=keep)
+
+    async def _move(
+        self,
+        process: Process,
+        move: Move,
+        wanted: ProcState,
+        why: str,
+        *,
+        keep_context: bool = False,
+    ) -> Process:
+        """Performs or finishes ``move``; the process after it, whichever way it ended."""
+        report = await self._mover.run(Tree.of(process), move, keep_context=keep_context)
         now = self._clock.unix_s()
-        changes: dict[str, Any] = {"moved": report.moved}
+        changes: dict[str, Any] = {"moved": report.moved, "kept": report.kept}
         if report.oom_scores is not None:
             changes["oom_scores"] = report.oom_scores
         found = {_S.FROZEN: Trigger.FOUND_FROZEN, _S.ACTIVE: Trigger.FOUND_ACTIVE}
@@ -264,10 +274,13 @@ class Recovery:
         )
 
     async def _fits(self, process: Process) -> bool:
-        """Whether all of a tree's VRAM has room, even if none of it is there now (it may be half there)."""
+        """Whether all of a tree's VRAM has room, beside what it holds of that already."""
         usage: Usage = await self._driver.usage()
+        assert process.main is not None
+        members = await self._trees.members(process.tree_id, process.main)
+        own = add(*(usage.processes.get(m.pid, {}) for m in members))
         return all(
-            usage.gpus[uuid].free_bytes >= size
+            usage.gpus[uuid].free_bytes + own.get(uuid, 0) >= size
             for uuid, size in process.vram.items()
             if uuid in usage.gpus
         )

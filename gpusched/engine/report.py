@@ -75,9 +75,6 @@ class Reporter:
             status = entry[1].copy()
             held = sample.held.get(tree_id, {})
             status["mem_mb"] = mib(_vram_bytes(process, held))
-            status["context_mb"] = (
-                mib(sum(held.values())) if process.state is ProcState.FROZEN else 0
-            )
             status["age"] = format_age(now - process.started_unix_s)
             status["leases"] = leases[tree_id] + sum(
                 lease.expires_unix_s > now for lease in process.timed_leases
@@ -141,7 +138,7 @@ def _render(core: Core, process: Process) -> types.ProcessStatus:
         "own_network": process.own_network,
         "evictable": process.evictable,
         "stop": process.stop,
-        "context_mb": 0,
+        "context_mb": mib(sum(process.kept.values())) if process.state is ProcState.FROZEN else 0,
         "leases": 0,
         "op": None,
         "exit_code": exit_.code if exit_ else None,

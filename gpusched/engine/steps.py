@@ -99,6 +99,8 @@ class Work:
         self.driver_ms = 0.0
         self.oom_scores: dict[int, int] | None = None
         self.moved = dict(tree.moved)
+        #: VRAM of members that had none, or were not there, when the others were checkpointed.
+        self.late: dict[str, int] = {}
         #: States that the driver has just confirmed by doing what we asked: not asked for again before ``verify``.
         self._told: dict[int, DriverState] = {}
 
@@ -264,6 +266,7 @@ class Work:
                 old = await self._trees.set_oom_score(members, FROZEN_OOM_SCORE)
                 self.oom_scores = {**old, **self._tree.oom_scores}
                 return
+            self.late = add(self.late, _held_by(late, await self._driver.usage()))
             await self._trees.signal(late, signal.SIGCONT)
             await self._lock()
             await self._checkpoint()
@@ -271,6 +274,12 @@ class Work:
         raise errors.DriverError(
             f"pids {[m.pid for m in running]} did not stop within {STOP_TIMEOUT_S:.0f} s"
         )
+
+    async def _continue_kept(self) -> None:
+        members = await self._trees.members(self._tree.tree_id, self._tree.main)
+        states = await self._driver.states([m.pid for m in members])
+        parked = [m for m in members if m.stopped and states.get(m.pid) is _S.PARKED]
+        await self._trees.signal(parked, signal.SIGCONT)
 
     async def _continue(self) -> None:
         members = await self._trees.members(self._tree.tree_id, self._tree.main)
@@ -373,4 +382,5 @@ _STEPS: Final[Mapping[Op, Callable[[Work], Awaitable[None]]]] = {
     Op.RESTORE: Work._restore,
     Op.STOP: Work._stop,
     Op.CONTINUE: Work._continue,
+    Op.CONTINUE_KEPT: Work._continue_kept,
 }
