@@ -249,12 +249,25 @@ do_install() {
 
 # -- uninstall ------------------------------------------------------------------------------------
 
+# Dies where the contents of a process that lives are in host memory of the daemon's: it alone can bring them back.
+require_empty_pool() {
+    local manifest pid
+    for manifest in "$pool"/process-*.json; do
+        pid=${manifest##*/process-}
+        pid=${pid%%-*}
+        if [[ -e $manifest && -d /proc/$pid ]]; then
+            die "pid $pid is frozen, and what it had on the GPU is in $pool: start the daemon and thaw (or kill) it first; nothing was removed"
+        fi
+    done
+}
+
 do_uninstall() {
-    local found link=$root/usr/local/bin/gpusched
+    local found link=$root/usr/local/bin/gpusched pool=$root/var/lib/gpusched/pool
     found=$(daemon_state)
     if [[ $found == frozen* ]]; then
         die "still ${found/ /: }. Without the daemon nobody can thaw them: gpusched thaw (or kill) them first; nothing was removed"
     fi
+    [[ -n $found ]] || require_empty_pool
     if has_systemd && [[ -e $unit ]]; then
         systemctl disable --quiet --now gpusched.service # KillMode=process: managed processes run on
         found=$(daemon_state)
@@ -266,6 +279,7 @@ do_uninstall() {
     if has_systemd; then systemctl daemon-reload; fi
     if [[ $(readlink "$link") == "$venv/bin/gpusched" ]]; then rm -f "$link"; fi
     rm -rf "$root/opt/gpusched"
+    if mountpoint --quiet "$pool"; then umount "$pool"; fi # of a daemon that was killed
     if [[ -z $purge ]]; then
         say "Removed gpusched. Kept: $root/etc/gpusched $root/var/lib/gpusched $root/var/log/gpusched" \
             "(--uninstall --purge removes them)"

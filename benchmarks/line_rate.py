@@ -8,7 +8,8 @@ gpusched's driver helper past the driver's copy; ``bare`` (the driver's calls fr
 (the same calls, with a process started for each action: ``one_call.py``). The ceiling is a pinned copy in the same run.
 Then a client's freeze and thaw through a daemon, for what daemon, engine and wire add.
 
-Sizes are decimal GB of contents. Wall times in milliseconds; ``gb`` is what really moved. The first move of a size
+Sizes are decimal GB of contents. Wall times in milliseconds; ``moved_bytes`` is what really moved, which the program's
+own scratch memory adds to. The first move of a size
 makes and registers the pool and does not count; its time is in the result. Host RAM is touched once before. The result
 is saved after every run.
 """
@@ -33,6 +34,7 @@ from gpusched.demo import private_daemon
 from gpusched.doctor import pinned_copy
 from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.cuda.direct import DirectDriver
+from gpusched.mechanisms.cuda.passage import start_ticks
 from gpusched.mechanisms.cuda.pool import Pool
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tests" / "gpu" / "torch_busy.py"
@@ -100,6 +102,9 @@ class Ways:
         off = time.monotonic()
         row = {"off_mib": machine.used_mib(), "phases_off": dict(self.direct.last(pid).ms)}
         path = self.direct.last(pid).path
+        snapshot = self.direct.pool.find(pid, start_ticks(pid))
+        if snapshot is not None:
+            row["moved_bytes"] = snapshot.size_bytes
         time.sleep(0.2)
         again = time.monotonic()
         if way in {"deep", "context"}:

@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 
 from report_data import WAYS, Device, devices, sizes_of, ways_of
 from report_format import Page, seconds
+from report_line_rate import LINE_RATE_WAYS, LineRate, line_rates
+from report_line_rate import plot_name as line_rate_plot
 from report_tables import plot_name
 
 # Okabe and Ito's colours: told apart by colour-blind people, and in grey.
@@ -50,6 +52,15 @@ def wanted(page: Page) -> dict[str, tuple[str, Callable[[Any], Any]]]:
                 digest(device.title("cold_start"), shown),
                 partial(cold_start, device),
             )
+    for rates in line_rates(page.results):
+        runs = [
+            [*key, run["freeze_ms"], run["thaw_ms"]] for key, of in rates.runs.items() for run in of
+        ]
+        ceilings = [result.data["ceiling"] for result in rates.results]
+        found[line_rate_plot(rates)] = (
+            digest(rates.title, [runs, ceilings]),
+            partial(line_rate, rates),
+        )
     return found
 
 
@@ -82,11 +93,45 @@ def draw(path: Path, made_from: str, plot: Callable[[Any], Any]) -> None:
 
 
 def freeze_thaw(device: Device, plt: Any) -> Any:
-    """One panel for each size; the ways from top to bottom, off and back."""
-    ways, sizes = ways_of(device)[::-1], sizes_of(device)
+    """The ways to take VRAM away and bring it back; sizes that more than one was measured with."""
+    ways, sizes = ways_of(device), sizes_of(device)
     sizes = [
         size for size in sizes if sum((size, way) in device.moves for way in ways) > 1
     ] or sizes
+    moves = {key: (found.freeze_ms, found.thaw_ms) for key, found in device.moves.items()}
+    names = {way: WAYS[way] for way in ways}
+    return by_size(plt, sizes, names, moves, ["gpusched"], device.title("freeze_thaw"))
+
+
+def line_rate(rates: LineRate, plt: Any) -> Any:
+    """Past the driver's copy, by it, and the ceiling; a busy program."""
+    moves: dict[tuple[float, str], tuple[Sequence[float], Sequence[float]]] = {}
+    for (size, kind, way), runs in rates.runs.items():
+        if kind == "busy":
+            off, back = ([run[key] for run in runs] for key in ("freeze_ms", "thaw_ms"))
+            moves[size, way] = off, back
+    for size in {size for size, _ in moves}:
+        ceilings = [result.data["ceiling"] for result in rates.results]
+        off, back = (
+            [size / one[key] * 1000 for one in ceilings]
+            for key in ("to_host_gb_s", "to_device_gb_s")
+        )
+        moves[size, "ceiling"] = off, back
+    names = LINE_RATE_WAYS | {"ceiling": "pinned copy, the ceiling"}
+    sizes = sorted({size for size, _ in moves})
+    return by_size(plt, sizes, names, moves, ["context", "deep"], f"{rates.title}, a busy program")
+
+
+def by_size(
+    plt: Any,
+    sizes: Sequence[float],
+    names: Mapping[str, str],
+    moves: Mapping[tuple[float, str], tuple[Sequence[float], Sequence[float]]],
+    ours: Sequence[str],
+    about: str,
+) -> Any:
+    """One panel for each size in GB; the ways of ``names`` from top to bottom, off and back in milliseconds."""
+    ways = list(names)[::-1]
     figure, panels = plt.subplots(
         *(1, len(sizes)),
         sharey=True,
@@ -96,24 +141,19 @@ def freeze_thaw(device: Device, plt: Any) -> Any:
     for panel, size in zip(panels[0], sizes, strict=True):
         longest = 0.0
         for place, way in enumerate(ways):
-            moves = device.moves.get((size, way))
-            if moves is None:
-                continue
-            for shift, colour, values in ((0.2, OFF, moves.freeze_ms), (-0.2, BACK, moves.thaw_ms)):
+            off, back = moves.get((size, way), ((), ()))
+            for shift, colour, values in ((0.2, OFF, off), (-0.2, BACK, back)):
+                if not values:
+                    continue
                 longest = max(longest, bar(panel, place + shift, values, colour))
         finish(panel, longest, f"{size:g} GB")
-    panels[0][0].set_yticks(range(len(ways)), [WAYS[way] for way in ways])
+    panels[0][0].set_yticks(range(len(ways)), [names[way] for way in ways])
     for label, way in zip(panels[0][0].get_yticklabels(), ways, strict=True):
-        label.set_fontweight("bold" if way == "gpusched" else "normal")
+        label.set_fontweight("bold" if way in ours else "normal")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (OFF, BACK)]
-    names = ["VRAM to host RAM (freeze)", "back to VRAM (thaw)"]
-    caption(
-        figure,
-        handles,
-        names,
-        "Taking a process's VRAM away and bringing it back",
-        device.title("freeze_thaw"),
-    )
+    what = ["VRAM to host RAM (freeze)", "back to VRAM (thaw)"]
+    title = "Taking a process's VRAM away and bringing it back"
+    caption(figure, handles, what, title, about)
     return figure
 
 

@@ -20,7 +20,7 @@ from report_data import (
     ways_of,
 )
 from report_format import Page, counts, host, median, milliseconds, rate, seconds, spread, table
-from report_line_rate import line_rate, preload_cost
+from report_line_rate import line_rate, line_rate_short, preload_cost
 from report_ray import ray_calls, rlhf_loop
 
 # -- GPUs -----------------------------------------------------------------------------------------
@@ -298,6 +298,7 @@ BLOCKS: dict[str, Callable[[Page], str]] = {
     "control_plane_full": control_plane_full,
     "hibernate": hibernate,
     "line_rate": line_rate,
+    "line_rate_short": line_rate_short,
     "preload_cost": preload_cost,
     "rlhf_loop": rlhf_loop,
     "ray_calls": ray_calls,

@@ -107,8 +107,8 @@ def adopt(pid: int, name: str, evictable: bool, stop: bool) -> Request[types.Ado
     return _request("adopt", pid=pid, name=name, evictable=evictable or None, stop=stops)
 
 
-def freeze(name: str, force: bool) -> Request[types.FreezeResult]:
-    return _request("freeze", name=name, force=force or None)
+def freeze(name: str, force: bool, keep_context: bool) -> Request[types.FreezeResult]:
+    return _request("freeze", name=name, force=force or None, keep_context=keep_context or None)
 
 
 def thaw(name: str, evict: bool) -> Request[types.ThawResult]:
@@ -136,7 +136,7 @@ def delete_snapshot(name: str) -> Request[types.SnapshotResult]:
 
 
 def swap(
-    off: str | Sequence[str], on: str | Sequence[str], force: bool
+    off: str | Sequence[str], on: str | Sequence[str], force: bool, keep_context: bool
 ) -> Request[tuple[Any, Any]]:
     """Each side comes back as it was given: one name as one result, several as a list."""
 
@@ -146,7 +146,9 @@ def swap(
             result["on"][0] if isinstance(on, str) else result["on"],
         )
 
-    params = {"off": _names(off), "on": _names(on)} | ({"force": True} if force else {})
+    params: dict[str, Any] = {"off": _names(off), "on": _names(on)}
+    params |= {"force": True} if force else {}
+    params |= {"keep_context": True} if keep_context else {}
     return Request("swap", params, read)
 
 

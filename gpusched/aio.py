@@ -193,8 +193,10 @@ class AsyncGpuSched:
     ) -> types.AdoptResult:
         return await self._pool.send(_requests.adopt(pid, name, evictable, stop))
 
-    async def freeze(self, name: str, *, force: bool = False) -> types.FreezeResult:
-        return await self._pool.send(_requests.freeze(name, force))
+    async def freeze(
+        self, name: str, *, force: bool = False, keep_context: bool = False
+    ) -> types.FreezeResult:
+        return await self._pool.send(_requests.freeze(name, force, keep_context))
 
     async def thaw(self, name: str, *, evict: bool = False) -> types.ThawResult:
         return await self._pool.send(_requests.thaw(name, evict))
@@ -236,7 +238,7 @@ class AsyncGpuSched:
 
     @overload
     async def swap(
-        self, off: str, on: str, *, force: bool = False
+        self, off: str, on: str, *, force: bool = False, keep_context: bool = False
     ) -> tuple[types.FreezeResult, types.ThawResult]: ...
     @overload
     async def swap(
@@ -245,6 +247,7 @@ class AsyncGpuSched:
         on: list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[list[types.FreezeResult], list[types.ThawResult]]: ...
     @overload
     async def swap(
@@ -253,6 +256,7 @@ class AsyncGpuSched:
         on: str | list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[Any, Any]: ...
     async def swap(
         self,
@@ -260,8 +264,9 @@ class AsyncGpuSched:
         on: str | list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[Any, Any]:
-        return await self._pool.send(_requests.swap(off, on, force))
+        return await self._pool.send(_requests.swap(off, on, force, keep_context))
 
     # -- leases ---------------------------------------------------------------------------------
 

@@ -191,9 +191,15 @@ class GpuSched:
         """
         return self._pool.send(_requests.adopt(pid, name, evictable, stop))
 
-    def freeze(self, name: str, *, force: bool = False) -> types.FreezeResult:
-        """Moves VRAM to host RAM and stops the process. A frozen one: a success, ``duration_ms`` 0."""
-        return self._pool.send(_requests.freeze(name, force))
+    def freeze(
+        self, name: str, *, force: bool = False, keep_context: bool = False
+    ) -> types.FreezeResult:
+        """Moves VRAM to host RAM and stops the process. A frozen one: a success, ``duration_ms`` 0.
+
+        With ``keep_context`` the CUDA context may stay on the GPU, which is faster both ways: the result's
+        ``context_mb`` says how much that takes, and it goes by itself when somebody needs the room.
+        """
+        return self._pool.send(_requests.freeze(name, force, keep_context))
 
     def thaw(self, name: str, *, evict: bool = False) -> types.ThawResult:
         """Brings a process back onto its GPUs; with ``evict`` others make room for it."""
@@ -246,7 +252,7 @@ class GpuSched:
 
     @overload
     def swap(
-        self, off: str, on: str, *, force: bool = False
+        self, off: str, on: str, *, force: bool = False, keep_context: bool = False
     ) -> tuple[types.FreezeResult, types.ThawResult]: ...
     @overload
     def swap(
@@ -255,6 +261,7 @@ class GpuSched:
         on: list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[list[types.FreezeResult], list[types.ThawResult]]: ...
     @overload
     def swap(
@@ -263,6 +270,7 @@ class GpuSched:
         on: str | list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[Any, Any]: ...
     def swap(
         self,
@@ -270,12 +278,13 @@ class GpuSched:
         on: str | list[str] | tuple[str, ...],
         *,
         force: bool = False,
+        keep_context: bool = False,
     ) -> tuple[Any, Any]:
         """Freezes ``off`` and thaws ``on`` as one operation, rolled back whole.
 
         Returns the results of both sides, each as it was given: one name one dict, several a list of dicts.
         """
-        return self._pool.send(_requests.swap(off, on, force))
+        return self._pool.send(_requests.swap(off, on, force, keep_context))
 
     # -- leases ---------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class Settings:
     log_dir: Path = Path("/var/log/gpusched")
     disk_dir: Path | None = None
     ram_budget_bytes: int | None = None
+    #: How much of it the processes of one ordinary user may take; None: all.
+    user_ram_budget_bytes: int | None = None
     #: How much of it is kept free: the coldest goes to disk in the background.
     ram_reserve_bytes: int = 0
     disk_budget_bytes: int = 500 * GIB
@@ -61,6 +63,7 @@ _FILE_KEYS: Final = {
     "socket": "socket_path",
     "sim_vram": "sim_vram_bytes",
     "ram_budget": "ram_budget_bytes",
+    "user_ram_budget": "user_ram_budget_bytes",
     "ram_reserve": "ram_reserve_bytes",
     "disk_budget": "disk_budget_bytes",
     "lock_timeout": "lock_timeout_s",

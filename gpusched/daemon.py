@@ -300,6 +300,7 @@ def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:
     return Limits(
         preload=pool_home.library() if backend == "cuda" and settings.direct else "",
         ram_budget_bytes=settings.ram_budget_bytes,
+        user_ram_budget_bytes=settings.user_ram_budget_bytes,
         disk_budget_bytes=settings.disk_budget_bytes,
         ram_reserve_bytes=settings.ram_reserve_bytes,
         log_dir=settings.log_dir,

@@ -14,12 +14,16 @@ class RunResult(TypedDict):
 
 
 class FreezeResult(TypedDict):
-    """``to_disk``: who was sent there to make room; ``disk_mb``: what the process itself takes there."""
+    """``to_disk``: who was sent there to make room; ``disk_mb``: what the process itself takes there.
+
+    ``context_mb``, where a context was to be kept: what it still takes on the GPU.
+    """
 
     name: str
     duration_ms: int
     tier: str
     mem_mb: int
+    context_mb: NotRequired[int]
     disk_mb: NotRequired[int]
     to_disk: NotRequired[list[str]]
     phases_ms: NotRequired[dict[str, float]]
@@ -150,6 +154,7 @@ class ProcessStatus(TypedDict):
     own_network: bool
     evictable: bool
     stop: bool
+    context_mb: int
     leases: int
     op: str | None
     exit_code: int | None

@@ -94,13 +94,19 @@ class NodeAgent:
         drain: bool,
         timeout_s: float,
         force: bool,
+        keep_context: bool,
     ) -> dict[str, dict[str, Any]]:
         """Moves models of this node, by actor id, as one operation. Returns what the daemon says of each."""
         sides = [[self._about(each) for each in side] for side in (off, on)]
         op = "swap" if off and on else "freeze" if off else "thaw"
         with self._metrics.move(op):
             answer = exchange.move(
-                self._client, *sides, drain=drain, timeout_s=timeout_s, force=force
+                self._client,
+                *sides,
+                drain=drain,
+                timeout_s=timeout_s,
+                force=force,
+                keep_context=keep_context,
             )
         results = dict(zip([*off, *on], [*answer["off"], *answer["on"]], strict=True))
         return {actor_id: dict(result) for actor_id, result in results.items()}

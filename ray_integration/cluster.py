@@ -30,11 +30,15 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:
-    """``drain``: calls under way end first, within ``timeout_s`` seconds. ``force``: over others' leases."""
+    """``drain``: calls under way end first, within ``timeout_s`` seconds. ``force``: over others' leases.
+
+    ``keep_context``: what goes off may leave its CUDA context on the GPU.
+    """
 
     drain: bool = True
     timeout_s: float = 60.0
     force: bool = False
+    keep_context: bool = False
 
 
 class Cluster:
@@ -122,7 +126,11 @@ class Cluster:
         done = {} if done is None else done
         refs = {
             node: self._agent_of(node).move.remote(
-                *part, drain=how.drain, timeout_s=how.timeout_s, force=how.force
+                *part,
+                drain=how.drain,
+                timeout_s=how.timeout_s,
+                force=how.force,
+                keep_context=how.keep_context,
             )
             for node, part in parts.items()
         }

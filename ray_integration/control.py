@@ -11,12 +11,14 @@ The work is done by an agent of the cluster, so it is finished, or taken back, e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Final, TypeAlias
 
 import ray
 
 from gpusched import errors
 from ray_integration import agent, compat, groups
+from ray_integration.cluster import How
 
 #: A handle, a reference to one, a name, a group, or several of these.
 Models: TypeAlias = Any
@@ -25,7 +27,12 @@ TIMEOUT_S: Final = 60.0
 
 
 def freeze(
-    models: Models, *, drain: bool = True, timeout_s: float = TIMEOUT_S, force: bool = False
+    models: Models,
+    *,
+    drain: bool = True,
+    timeout_s: float = TIMEOUT_S,
+    force: bool = False,
+    keep_context: bool = False,
 ) -> ray.ObjectRef[Any]:
     """Takes models off their GPUs into host RAM: all of them, or none.
 
@@ -34,17 +41,19 @@ def freeze(
         drain: Wait until calls under way have ended. Else they stand still in their middle and go on after the thaw.
         timeout_s: Seconds for that, and for actors that are just being made; then DrainTimeout, and nothing is changed.
         force: Over leases of others.
+        keep_context: Their CUDA contexts may stay on the GPUs until somebody needs the room: faster both ways.
 
     A DrainTimeout, LeaseHeld, InsufficientHostMemory, NotFound (the actor is dead) comes out of ``ray.get``.
     """
     ids, is_one = resolve(models)
-    return _coordinate(ids, [], (is_one, None), drain, timeout_s, force)
+    how = How(drain=drain, timeout_s=timeout_s, force=force, keep_context=keep_context)
+    return _coordinate(ids, [], (is_one, None), how)
 
 
 def thaw(models: Models, *, timeout_s: float = TIMEOUT_S) -> ray.ObjectRef[Any]:
     """Brings models back onto their GPUs, from host RAM or from disk: all, or none (InsufficientGpuMemory)."""
     ids, is_one = resolve(models)
-    return _coordinate([], ids, (None, is_one), True, timeout_s, False)
+    return _coordinate([], ids, (None, is_one), How(timeout_s=timeout_s))
 
 
 def swap(
@@ -54,19 +63,24 @@ def swap(
     drain: bool = True,
     timeout_s: float = TIMEOUT_S,
     force: bool = False,
+    keep_context: bool = True,
 ) -> ray.ObjectRef[Any]:
     """Freezes ``off`` and thaws ``on``: one operation of the node's daemon, rolled back whole. Gives both results.
 
     Models on several nodes: all freezes first, then all thaws; an error anywhere takes back what was done before it.
+    The CUDA contexts of ``off`` stay on the GPUs for as long as there is room for them (each result's ``context_mb``),
+    for they are about to come back; ``keep_context=False`` leaves nothing.
     """
     off_ids, off_is_one = resolve(off)
     on_ids, on_is_one = resolve(on)
-    return _coordinate(off_ids, on_ids, (off_is_one, on_is_one), drain, timeout_s, force)
+    how = How(drain=drain, timeout_s=timeout_s, force=force, keep_context=keep_context)
+    return _coordinate(off_ids, on_ids, (off_is_one, on_is_one), how)
 
 
 def move(off: list[str], on: list[str], *, drain: bool, timeout_s: float) -> ray.ObjectRef[Any]:
     """``swap`` by actor ids, either side of which may be empty; gives two lists."""
-    return _coordinate(off, on, (False, False), drain, timeout_s, False)
+    how = How(drain=drain, timeout_s=timeout_s, keep_context=True)
+    return _coordinate(off, on, (False, False), how)
 
 
 def hibernate(
@@ -142,12 +156,9 @@ def _coordinate(
     off: list[str],
     on: list[str],
     are_one: tuple[bool | None, bool | None],
-    drain: bool,
-    timeout_s: float,
-    force: bool,
+    how: How,
 ) -> ray.ObjectRef[Any]:
-    how = {"drain": drain, "timeout_s": timeout_s, "force": force}
-    ref: ray.ObjectRef[Any] = _some_agent().coordinate.remote(off, on, are_one, how)
+    ref: ray.ObjectRef[Any] = _some_agent().coordinate.remote(off, on, are_one, asdict(how))
     return ref
 
 

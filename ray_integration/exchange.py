@@ -177,6 +177,7 @@ def move(
     drain: bool = True,
     timeout_s: float = DRAIN_TIMEOUT_S,
     force: bool = False,
+    keep_context: bool = False,
 ) -> dict[str, Any]:
     """Freezes ``off`` and thaws ``on`` as one operation. Blocks until both are done, or neither.
 
@@ -185,7 +186,13 @@ def move(
     with prepared(off, on, drain=drain, timeout_s=timeout_s) as held:
         names = [about.name for about in off], [about.name for about in on]
         answer: dict[str, Any] = insist(
-            lambda: client.call("swap", off=names[0], on=names[1], force=force or None)
+            lambda: client.call(
+                "swap",
+                off=names[0],
+                on=names[1],
+                force=force or None,
+                keep_context=keep_context or None,
+            )
         )
         held.settle()
     return answer

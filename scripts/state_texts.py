@@ -9,7 +9,7 @@ STATES: dict[ProcState, str] = {
     ProcState.STARTING: "Its supervisor was asked to start it; no outcome yet.",
     ProcState.ACTIVE: "It runs, or may run, on its GPUs.",
     ProcState.FREEZING: "A freeze is under way. It cannot be cancelled, only waited for.",
-    ProcState.FROZEN: "Its VRAM is in host RAM, its CPU threads are stopped, its GPUs are free.",
+    ProcState.FROZEN: "Its VRAM is in host RAM, its CPU threads are stopped, its GPUs are free but for a kept context.",
     ProcState.THAWING: "A thaw is under way. It cannot be cancelled, only waited for.",
     ProcState.HIBERNATING: "An image of it is being written. For a hibernation it ends when that is committed.",
     ProcState.HIBERNATED: "It is on disk: no process, no RAM, no VRAM. Its image survives restarts and reboots.",
@@ -22,6 +22,8 @@ STATES: dict[ProcState, str] = {
 TRIGGERS: dict[Trigger, str] = {
     Trigger.STARTED: "the command was executed, or the process adopted",
     Trigger.FREEZE: "a freeze begins",
+    Trigger.DEEPEN: "the context that it has kept begins to leave the GPU",
+    Trigger.DEEPENED: "its context has left the GPU",
     Trigger.THAW: "a thaw begins",
     Trigger.HIBERNATE: "a hibernation begins",
     Trigger.WAKE: "it begins to come back from disk",
@@ -33,7 +35,7 @@ TRIGGERS: dict[Trigger, str] = {
     Trigger.LOST: "the move failed and could not be taken back",
     Trigger.EXITED: "the main process ended",
     Trigger.FOUND_ACTIVE: "a look at the driver showed it running",
-    Trigger.FOUND_FROZEN: "a look at the driver showed it checkpointed",
+    Trigger.FOUND_FROZEN: "a look at the driver showed its contents off the GPU",
     Trigger.FOUND_HIBERNATED: "its image is complete and it does not run",
     Trigger.FOUND_BROKEN: "a look at the driver showed neither",
 }

@@ -69,7 +69,7 @@ class StandinDriver:
                 raise errors.LockTimeout("not at rest")
             time.sleep(0.002)
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
         self._change("checkpoint", pid, 1, 2)
 
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:

@@ -5,6 +5,7 @@ A scripted daemon stands at the other end of a real socket, so that every answer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -196,7 +197,7 @@ class FakeDaemon:
         self._listener.close()
         self._threads[0].join()
         for connection in self._connections:
-            if connection.fileno() >= 0:
+            with contextlib.suppress(OSError):  # its thread may have closed it
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(DEADLINE_S)

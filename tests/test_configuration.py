@@ -30,6 +30,7 @@ ROWS = [
 #: Derived, or nothing: these have words for a default.
 WORDS = {
     "group": "none",
+    "user_ram_budget": "none",
     "disk_dir": "`images` in `state_dir`",
     "criu": "`$GPUSCHED_CRIU`",
     "ram_budget": "80 % of the host's RAM",

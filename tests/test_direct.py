@@ -24,7 +24,7 @@ from gpusched.mechanisms.cuda.direct import DirectDriver
 from gpusched.mechanisms.cuda.mover_client import Mover
 from gpusched.mechanisms.cuda.pool import Pool
 from gpusched.mechanisms.cuda.target import Phase, Target
-from gpusched.ports import DriverState
+from gpusched.ports import OFF, DriverState
 from gpusched.units import MIB
 from standin_cuda import Program, StandinDriver
 
@@ -110,12 +110,53 @@ def test_contents_leave_and_come_back_at_any_moment(
     for _ in range(10):
         time.sleep(rng.uniform(0, 0.05))
         bench.freeze(program.pid, keep_context=keep_context)
-        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        assert bench.state(program.pid) == off(keep_context)
         assert bench.direct.last(program.pid).path == "direct"
         bench.thaw(program.pid)
         assert bench.state(program.pid) == DriverState.RUNNING
     program.runs_on()
     assert bench.direct.pool.snapshots() == []
+
+
+def off(keep_context: bool) -> DriverState:
+    return DriverState.PARKED if keep_context else DriverState.CHECKPOINTED
+
+
+def test_a_context_that_was_kept_can_go_later(bench: Bench, program: Program) -> None:
+    for _ in range(2):
+        bench.freeze(program.pid, keep_context=True)
+        assert bench.driver.states([program.pid])[program.pid] == DriverState.RUNNING
+        bench.begin()
+        bench.direct.checkpoint(program.pid, keep_context=True)
+        assert bench.state(program.pid) == DriverState.PARKED
+        bench.direct.checkpoint(program.pid)
+        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        program.stands_still()
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+def test_a_context_that_cannot_go_stays_and_nothing_is_lost(bench: Bench, program: Program) -> None:
+    for call in ("lock", "checkpoint"):
+        bench.freeze(program.pid, keep_context=True)
+        bench.driver.fails = call
+        with pytest.raises(errors.DriverError, match=f"{call} fails"):
+            bench.direct.checkpoint(program.pid)
+        bench.driver.fails = ""
+        assert bench.state(program.pid) == DriverState.PARKED
+        if call == "checkpoint":  # the driver's lock is there from the first try
+            bench.direct.checkpoint(program.pid)
+            assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+def test_what_has_its_context_on_the_gpu_is_not_saved(bench: Bench, program: Program) -> None:
+    bench.freeze(program.pid, keep_context=True)
+    with pytest.raises(errors.DriverError, match="context on the GPU still"):
+        bench.direct.absorb(program.pid)
+    bench.thaw(program.pid)
+    program.runs_on()
 
 
 def test_nothing_of_it_is_left_on_the_device(bench: Bench, program: Program) -> None:
@@ -138,12 +179,11 @@ def memory_files(pid: int) -> int:
     return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
 
 
-@pytest.mark.parametrize("keep_context", [False, True])
 def test_contents_that_a_process_has_absorbed_come_back_from_there(
-    bench: Bench, program: Program, keep_context: bool
+    bench: Bench, program: Program
 ) -> None:
     for _ in range(2):
-        bench.freeze(program.pid, keep_context=keep_context)
+        bench.freeze(program.pid)
         os.kill(program.pid, signal.SIGSTOP)
         bench.direct.absorb(program.pid)
         assert bench.direct.pool.snapshots() == []
@@ -266,7 +306,7 @@ def test_a_new_helper_goes_on_from_every_phase(bench: Bench, program: Program) -
         assert bench.state(program.pid) == DriverState.LOCKED
         bench.direct.checkpoint(program.pid, keep_context=keep_context)
         bench.begin()
-        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        assert bench.state(program.pid) == off(keep_context)
         bench.direct.restore(program.pid, None)
         bench.begin()
         assert bench.state(program.pid) == DriverState.LOCKED
@@ -310,7 +350,7 @@ def kill_movers(bench: Bench) -> None:
 def thaw_whatever(bench: Bench, pid: int) -> None:
     """As the engine does after an error: asks what is true and goes from there."""
     state = bench.state(pid)
-    if state == DriverState.CHECKPOINTED:
+    if state in OFF:
         bench.direct.restore(pid, None)
         state = DriverState.LOCKED
     if state == DriverState.LOCKED:
@@ -355,9 +395,11 @@ def test_memory_that_somebody_else_took_is_refused_and_tried_again(
         limit.write_text(str(8 * MIB))
         with pytest.raises(errors.InsufficientGpuMemory, match="stays frozen"):
             bench.direct.restore(program.pid, None)
-        assert bench.state(program.pid) == DriverState.CHECKPOINTED
+        assert bench.state(program.pid) == DriverState.PARKED, "its context had come back by then"
         program.stands_still()
         assert memory_files(program.pid) == 0
+        bench.direct.checkpoint(program.pid)  # as the engine takes it back
+        assert bench.state(program.pid) == DriverState.CHECKPOINTED
         limit.unlink()
         bench.thaw(program.pid)
         program.runs_on()
@@ -439,7 +481,7 @@ def test_descriptors_that_are_no_memory_are_an_error_of_the_mover(
     bench: Bench, program: Program
 ) -> None:
     """A file, a directory or a socket instead of memory: the process goes on, by the driver's way."""
-    taken = bench.direct.pool.take(program.pid, 0, 0, [(0, "", 4 * MIB)])
+    taken = bench.direct.pool.take(program.pid, 0, [(0, "", 4 * MIB)])
     with (
         Path("/etc/passwd").open() as file,
         bench.direct.movers.of("GPU-5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a").job(taken) as mover,

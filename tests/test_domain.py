@@ -50,6 +50,8 @@ LEGAL: dict[ProcState, dict[Trigger, ProcState]] = {
     S.FROZEN: {
         T.THAW: S.THAWING,
         **dict.fromkeys((T.HIBERNATE, T.SAVE, T.RETREAT), S.HIBERNATING),
+        **dict.fromkeys((T.DEEPEN, T.DEEPENED, T.ROLLED_BACK), S.FROZEN),
+        T.LOST: S.FAILED,
         T.EXITED: S.DEAD,
         **FOUND,
     },
@@ -77,7 +79,7 @@ LEGAL: dict[ProcState, dict[Trigger, ProcState]] = {
         **FOUND,
     },
     S.FAILED: {T.FREEZE: S.FREEZING, T.THAW: S.THAWING, T.EXITED: S.DEAD, **FOUND},
-    S.DEAD: dict.fromkeys((T.DONE, T.SAVED, T.ROLLED_BACK, T.LOST, T.EXITED), S.DEAD),
+    S.DEAD: dict.fromkeys((T.DONE, T.SAVED, T.DEEPENED, T.ROLLED_BACK, T.LOST, T.EXITED), S.DEAD),
 }
 
 
@@ -107,7 +109,9 @@ def test_a_moving_state_takes_every_outcome_and_no_other_living_state_takes_any(
     outcomes = {Trigger(outcome) for outcome in Outcome}
     for state in S:
         taken = {trigger for at, trigger in TRANSITIONS if at is state} & outcomes
-        assert taken == (outcomes if state in MOVING or state is S.DEAD else set())
+        # What deepens is frozen all the time; that it is done has a trigger of its own.
+        while_frozen = outcomes - {T.DONE} if state is S.FROZEN else set()
+        assert taken == (outcomes if state in MOVING or state is S.DEAD else while_frozen)
 
 
 def test_death_is_final_and_possible_everywhere() -> None:

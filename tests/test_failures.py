@@ -256,7 +256,7 @@ async def test_a_hung_driver_call_is_given_up_and_taken_back(
     pair: Pair, call: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With a helper and a mover of the test's own, whose deadlines are short."""
-    monkeypatch.setattr(moves, "deadline_for", lambda _: 0.5)
+    monkeypatch.setattr("gpusched.engine.steps.deadline_for", lambda _: 0.5)
     for name in ("LOCK_MARGIN_S", "UNLOCK_DEADLINE_S"):
         monkeypatch.setattr(f"gpusched.mechanisms.driver_client.{name}", 0.5)
     move = Move.FREEZE if call in ("lock", "checkpoint") else Move.THAW

@@ -156,6 +156,34 @@ def test_uninstall_leaves_what_is_the_users_and_purge_removes_it(installed: Path
     assert listing(installed) == ["usr/local/bin/other"]
 
 
+def test_uninstall_keeps_what_only_the_daemon_can_bring_back(installed: Path) -> None:
+    pool = installed / "var/lib/gpusched/pool"
+    pool.mkdir(parents=True)
+    mounted = os.geteuid() == 0 and not subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=1M", "gpusched", str(pool)]
+    )
+    frozen = subprocess.Popen(["sleep", "100"])
+    try:
+        (pool / f"process-{frozen.pid}-1.json").write_text("{}")
+        before = listing(installed)
+        refused = install(installed, "--uninstall", "--purge")
+        assert refused.returncode == 1
+        assert (
+            f"pid {frozen.pid} is frozen, and what it had on the GPU is in {pool}" in refused.stderr
+        )
+        assert listing(installed) == before
+        frozen.kill()
+        frozen.wait()
+        ended = install(installed, "--uninstall", "--purge")
+        assert ended.returncode == 0, ended.stderr
+        assert not pool.exists()
+    finally:
+        frozen.kill()
+        frozen.wait()
+        if mounted and pool.is_mount():
+            subprocess.call(["umount", str(pool)])
+
+
 # -- refusals: before anything is changed ---------------------------------------------------------
 
 

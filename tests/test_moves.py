@@ -15,8 +15,9 @@ from gpusched import errors
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import ProcState
 from gpusched.engine.model import Process, Tree
-from gpusched.engine.moves import FROZEN_OOM_SCORE, Mover
+from gpusched.engine.moves import Mover
 from gpusched.engine.recovery import Recovery, Remembered
+from gpusched.engine.steps import FROZEN_OOM_SCORE
 from gpusched.mechanisms.clock import SystemClock
 from gpusched.ports import (
     Description,
@@ -73,9 +74,9 @@ class World:
         self.states_of[pid] = DriverState.LOCKED
         return 0.0
 
-    async def checkpoint(self, pid: int, deadline_s: float) -> float:
+    async def checkpoint(self, pid: int, deadline_s: float, *, keep_context: bool = False) -> float:
         self._fail("checkpoint")
-        self.states_of[pid] = DriverState.CHECKPOINTED
+        self.states_of[pid] = DriverState.PARKED if keep_context else DriverState.CHECKPOINTED
         return 0.0
 
     async def restore(
@@ -177,21 +178,21 @@ async def test_a_thaw_puts_the_scores_back_or_keeps_the_tree_protected(failing: 
 
 
 async def test_a_freeze_that_is_undone_after_the_stop_puts_the_scores_back() -> None:
-    world = World()
+    class Doubtful(World):
+        """The first look at the frozen tree shows something else."""
+
+        looks = 0
+
+        async def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
+            found = await super().states(pids)
+            if set(self.scores.values()) == {FROZEN_OOM_SCORE}:
+                self.looks += 1
+                if self.looks == 1:
+                    found[MAIN] = DriverState.FAILED
+            return found
+
+    world = Doubtful()
     mover = Mover(world, world, SystemClock(), 1.0)  # type: ignore[arg-type]
-    verified = mover.settle
-    looks = 0
-
-    async def settle(tree: Tree) -> tuple[list[Member], dict[int, DriverState]]:
-        nonlocal looks
-        members, states = await verified(tree)
-        if set(world.scores.values()) == {FROZEN_OOM_SCORE}:
-            looks += 1
-            if looks == 1:  # the last look at the frozen tree shows something else
-                states = {**states, MAIN: DriverState.FAILED}
-        return members, states
-
-    mover.settle = settle  # type: ignore[method-assign]
     report = await mover.run(TREE, Move.FREEZE)
     assert report.outcome is Outcome.ROLLED_BACK
     assert world.scores == OWN_SCORES

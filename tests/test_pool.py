@@ -30,7 +30,7 @@ def test_a_root_daemon_gets_a_file_system_of_its_own_and_takes_it_away(tmp_path:
         assert pool_home.prepare(tmp_path) == pool_home.place(tmp_path) == path
         assert path.stat().st_mode & 0o777 == 0o700
         chunks = Pool(path)
-        chunks.take(os.getpid(), ticks(), 0, [(0, "GPU-a", 2 * MIB)])
+        chunks.take(os.getpid(), ticks(), [(0, "GPU-a", 2 * MIB)])
         pool_home.release(tmp_path)
         assert path.is_mount(), "somebody's contents are there"
         chunks.release(os.getpid(), ticks())
@@ -58,9 +58,9 @@ def test_what_a_pool_keeps_is_known_to_the_next_one_and_spare_chunks_are_not_kep
     tmp_path: Path,
 ) -> None:
     first = Pool(tmp_path)
-    kept = first.take(1, 2, 3, [(0, "GPU-a", 2 * MIB), (4, "GPU-b", CHUNK_BYTES)])
+    kept = first.take(1, 2, [(0, "GPU-a", 2 * MIB), (4, "GPU-b", CHUNK_BYTES)])
     first.complete(kept)
-    first.take(5, 6, 7, [(0, "GPU-a", 2 * MIB)])
+    first.take(5, 6, [(0, "GPU-a", 2 * MIB)])
     first.release(5, 6)
     assert len(kept.chunks) == 2 and first.free_bytes == CHUNK_BYTES
     assert spare_bytes(tmp_path) == CHUNK_BYTES
@@ -73,9 +73,20 @@ def test_what_a_pool_keeps_is_known_to_the_next_one_and_spare_chunks_are_not_kep
     assert {path.name for path in tmp_path.glob("chunk-*")} == set(kept.chunks)
 
 
+def test_chunks_stay_where_it_cannot_be_read_whose_they_are(tmp_path: Path) -> None:
+    first = Pool(tmp_path)
+    first.complete(first.take(1, 2, [(0, "GPU-a", 2 * MIB)]))
+    first.complete(first.take(3, 4, [(0, "GPU-a", 2 * MIB)]))
+    (tmp_path / "process-3-4.json").write_text('{"of": "another version"}')
+    second = Pool(tmp_path)
+    assert [found.pid for found in second.snapshots()] == [1]
+    assert len(list(tmp_path.glob("chunk-*"))) == 2
+    assert second.take(5, 6, [(0, "GPU-a", 2 * MIB)]).chunks == ("chunk-3",)
+
+
 def test_a_pool_that_is_only_looked_at_is_left_as_it_is(tmp_path: Path) -> None:
     owner = Pool(tmp_path)
-    owner.take(1, 2, 3, [(0, "GPU-a", 2 * MIB)])
+    owner.take(1, 2, [(0, "GPU-a", 2 * MIB)])
     owner.release(1, 2)
     Pool(tmp_path, of_another=True)
     assert len(list(tmp_path.glob("chunk-*"))) == 1
@@ -86,7 +97,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 ) -> None:
     monkeypatch.setattr(pool, "_available_bytes", lambda: 2048 * MIB)
     with pytest.raises(errors.InsufficientHostMemory, match=r"need 2\.0 GiB more .* 1\.0 GiB may"):
-        Pool(tmp_path).take(1, 2, 3, [(0, "GPU-a", 4 * CHUNK_BYTES)])
+        Pool(tmp_path).take(1, 2, [(0, "GPU-a", 4 * CHUNK_BYTES)])
     assert not list(tmp_path.glob("*"))
 
 

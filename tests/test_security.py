@@ -14,11 +14,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import StartDaemon
 from daemons import PrivateDaemon, request, wait_until
 from gpusched import GpuSched, errors
 from gpusched.daemon import sim_directory
@@ -41,6 +43,7 @@ from live import (
     prove_contents,
     run_as,
     running,
+    start,
     state,
     wait_ready,
     wait_state,
@@ -509,3 +512,48 @@ def test_an_ordinary_user_has_a_daemon_of_their_own(own_daemon: Path) -> None:
 def test_alices_process_was_never_touched(daemon: PrivateDaemon, alices: str) -> None:
     """Runs last: all attempts above are behind it."""
     prove_contents(daemon, alices)
+
+
+def test_a_users_frozen_processes_keep_to_that_users_share_of_host_ram(
+    private_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('user_ram_budget = "20M"\n')
+    daemon = private_daemon(gpus=2, vram="64M", args=["--config", str(config)])
+    for name in ("first", "second", "third"):
+        answer = ask_as(
+            ALICE, daemon.socket, "run", name=name, evictable=True, **others_workload("8M")
+        )
+        assert answer["ok"], answer
+        wait_ready(daemon, name)
+    start(daemon, "roots", "24M")
+    for name in ("first", "second"):
+        ask(daemon, "freeze", name=name)
+    # What does not stay in host RAM is not charged.
+    ask(daemon, "migrate", name="third", gpu=1)
+    ask(daemon, "migrate", name="third", gpu=0)
+    ask(daemon, "swap", off="third", on="first")
+    ask(daemon, "swap", off="first", on="third")
+    for asking in (0, ALICE):  # whose it is counts, not who asks
+        answer = ask_as(asking, daemon.socket, "freeze", name="third")
+        assert answer["code"] == "insufficient_host_memory", answer
+        assert "uid 65534 has 16 MiB of its 20 MiB (user_ram_budget)" in answer["error"]
+    prove_contents(daemon, "third")
+    ask(daemon, "freeze", name="roots")
+    for name in ("first", "second"):
+        ask(daemon, "thaw", name=name)
+    # Several at once are not less.
+    with ThreadPoolExecutor(3) as pool:
+        asked = [
+            pool.submit(request, daemon.socket, "freeze", name=name)
+            for name in ("first", "second", "third")
+        ]
+        assert sorted(one.result(30)["ok"] for one in asked) == [False, True, True]
+    for name in ("first", "second", "third"):
+        ask(daemon, "thaw", name=name)
+    for name in ("second", "third"):
+        ask(daemon, "freeze", name=name)
+    # Who is in somebody else's way goes all the same.
+    start(daemon, "large", "40M")
+    assert ask(daemon, "thaw", name="roots", evict=True)["evicted"] == ["first"]
+    assert state(daemon, "first") == "frozen"

@@ -77,14 +77,16 @@ class Workload:
         where = tuple(sorted({record.gpu_map[each.gpu] for each in record.allocations}))
         return record.word, record.work, where
 
-    def require(self, state: str, gpu: int | None = None) -> None:
-        """The daemon says ``state`` (and ``gpu``), and the driver and the kernel say the same."""
+    def require(self, state: str, gpu: int | None = None, context_mb: int = 0) -> None:
+        """The daemon says ``state`` (``gpu``, and what a context has kept), and the driver and the kernel the same."""
         entry = self.entry
         assert entry["state"] == state, entry
         assert entry["op"] is None, entry
         assert entry["pid"] == self.pid
         word, work, where = self.driver()
-        wanted = Word.RUNNING if state == "active" else Word.CHECKPOINTED
+        off = Word.PARKED if context_mb else Word.CHECKPOINTED
+        wanted = Word.RUNNING if state == "active" else off
+        assert entry["context_mb"] == context_mb, entry
         assert (word, work) == (wanted, Work.NONE), (
             f"{self.name} is {state}, the driver says {word!r}"
         )

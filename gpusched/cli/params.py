@@ -155,6 +155,14 @@ def force_option(text: str) -> Callable[[_F], _F]:
     return click.option("--force", is_flag=True, help=text)
 
 
+def keep_context_option(command: _F) -> _F:
+    return click.option(
+        "--keep-context",
+        is_flag=True,
+        help="Leave the CUDA context on the GPU until somebody needs the room: faster both ways.",
+    )(command)
+
+
 def evict_option(command: _F) -> _F:
     return click.option(
         "--evict", is_flag=True, help="If VRAM is short, freeze evictable processes on that GPU."

@@ -116,6 +116,8 @@ def adopt_command(pid: int, name: str, evictable: bool, no_stop: bool, as_json: 
 def print_frozen(result: dict[str, Any]) -> None:
     rest = f"{result['name']} → {result['tier']} ({result['duration_ms']} ms)"
     print_result("Frozen", rest, result, colour="cyan")
+    if result.get("context_mb"):
+        print_result("Kept", f"{result['context_mb']} MB of context on the GPU", result)
     print_sent_to_disk(result)
 
 
@@ -139,15 +141,16 @@ def print_evicted(result: dict[str, Any]) -> None:
 
 @click.command("freeze", cls=params.Command)
 @params.force_option("Also a leased process, or one that may not survive it.")
+@params.keep_context_option
 @params.json_option
 @click.argument("name", type=params.NAME)
-def freeze_command(name: str, force: bool, as_json: bool) -> None:
+def freeze_command(name: str, force: bool, keep_context: bool, as_json: bool) -> None:
     """Move a process's VRAM to host RAM.
 
     It is stopped, and the GPU is free afterwards.
     """
     with progress(f"Freezing {name}"):
-        result = params.connect().freeze(name, force=force)
+        result = params.connect().freeze(name, force=force, keep_context=keep_context)
     if as_json:
         print_json(result)
     else:
@@ -170,16 +173,21 @@ def thaw_command(name: str, evict: bool, as_json: bool) -> None:
 
 @click.command("swap", cls=params.Command)
 @params.force_option("Also a leased process, or one that may not survive it.")
+@params.keep_context_option
 @params.json_option
 @click.argument("off", type=params.NAMES)
 @click.argument("on", type=params.NAMES)
-def swap_command(off: list[str], on: list[str], force: bool, as_json: bool) -> None:
+def swap_command(
+    off: list[str], on: list[str], force: bool, keep_context: bool, as_json: bool
+) -> None:
     """Freeze OFF and thaw ON as one operation.
 
     If one of them fails, both are as before. Each is a name, or several: a,b.
     """
     with progress(f"Swapping {','.join(off)} for {','.join(on)}"):
-        result = params.connect().call("swap", off=off, on=on, force=force or None)
+        result = params.connect().call(
+            "swap", off=off, on=on, force=force or None, keep_context=keep_context or None
+        )
     if as_json:
         print_json(result)
         return

@@ -6,6 +6,7 @@ in ``off``, and migrate has the same tree in both. A hibernation is ``off`` and 
 and reports how each one ended.
 
 The phases, in order:
+0. DEEPEN: frozen trees give up the contexts that they have kept on the GPU, because 1, 3 or 5 need that.
 1. ROOM: frozen trees go to disk, because 2 needs the RAM. They stay there, whatever comes after.
 2. OFF: all of ``off`` freeze, at the same time.
 3. DOWN: all of ``down``, which are frozen by now, are saved to disk.
@@ -27,6 +28,7 @@ from gpusched.domain.moves import Move, Outcome
 
 
 class Phase(Enum):
+    DEEPEN = auto()
     ROOM = auto()
     OFF = auto()
     DOWN = auto()
@@ -60,13 +62,14 @@ class Exchange:
     for this by the exchange before it: a failure thaws them.
     """
 
+    deepen: tuple[str, ...] = ()
     room: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
     down: Mapping[str, Move] = field(default_factory=dict)
     up: tuple[str, ...] = ()
     on: Mapping[str, GpuMap] = field(default_factory=dict)
     owed: tuple[str, ...] = ()
-    phase: Phase = Phase.ROOM
+    phase: Phase = Phase.DEEPEN
     outcome: Outcome | None = None
     _waiting: set[str] = field(default_factory=set)
     _ended: dict[str, Outcome] = field(default_factory=dict)  # of the current phase
@@ -82,11 +85,13 @@ class Exchange:
     @property
     def trees(self) -> tuple[str, ...]:
         """Everyone whom it is about, once each."""
-        return tuple(dict.fromkeys((*self.room, *self.off, *self.down, *self.up, *self.on)))
+        return tuple(
+            dict.fromkeys((*self.deepen, *self.room, *self.off, *self.down, *self.up, *self.on))
+        )
 
     def start(self) -> list[Order]:
         """The first orders; none at all (and an outcome) when there is nothing to do."""
-        return self._enter(Phase.ROOM)
+        return self._enter(Phase.DEEPEN)
 
     def give_up(self) -> list[Order]:
         """The orders for an exchange that must not begin: those that give back what is owed."""
@@ -108,9 +113,10 @@ class Exchange:
     def _after(self, done: tuple[str, ...], *, all_done: bool) -> list[Order]:
         """What follows the current phase, of which ``done`` reached their goal."""
         match self.phase:
+            case Phase.DEEPEN:
+                return self._enter(Phase.ROOM if all_done else Phase.UNDO_OFF)
             case Phase.ROOM:
-                self._failed |= not all_done
-                return self._enter(Phase.OFF if all_done else Phase.ENDED)
+                return self._enter(Phase.OFF if all_done else Phase.UNDO_OFF)
             case Phase.OFF:
                 self._went_off = (*self.owed, *done)
                 return self._enter(Phase.DOWN if all_done else Phase.UNDO_OFF)
@@ -144,6 +150,9 @@ class Exchange:
         self._failed |= phase in (Phase.UNDO_ON, Phase.UNDO_UP, Phase.UNDO_OFF)
         orders: list[Order]
         match phase:
+            case Phase.DEEPEN:
+                orders = [Order(tree_id=t, move=Move.DEEPEN) for t in self.deepen]
+                following = Phase.ROOM
             case Phase.ROOM:
                 orders = [Order(tree_id=t, move=Move.HIBERNATE) for t in self.room]
                 following = Phase.OFF

@@ -24,6 +24,8 @@ class Op(StrEnum):
     RESTORE = "restore"
     STOP = "stop"
     CONTINUE = "continue"
+    #: Only those whose contexts are on a GPU.
+    CONTINUE_KEPT = "continue_kept"
     #: The tree as an image on disk, committed. Undone, nothing of that image is left.
     SAVE = "save"
     DISCARD = "discard"
@@ -46,6 +48,8 @@ class Step:
 
 class Move(StrEnum):
     FREEZE = "freeze"
+    #: What a freeze has left of a tree on the GPU, its CUDA contexts, leaves it too.
+    DEEPEN = "deepen"
     THAW = "thaw"
     HIBERNATE = "hibernate"
     WAKE = "wake"
@@ -60,6 +64,12 @@ STEPS: Final[dict[Move, tuple[Step, ...]]] = {
         Step(Op.LOCK, Op.UNLOCK),
         Step(Op.CHECKPOINT, Op.RESTORE),
         Step(Op.STOP, Op.CONTINUE),
+    ),
+    # Whatever fails, the contents are where they were: all there is to mend is that it runs.
+    Move.DEEPEN: (
+        Step(Op.CONTINUE_KEPT, Op.STOP),
+        Step(Op.CHECKPOINT, Op.STOP),
+        Step(Op.STOP, Op.STOP),
     ),
     Move.THAW: (
         Step(Op.CONTINUE, Op.STOP),

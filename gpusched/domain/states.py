@@ -40,12 +40,14 @@ class Trigger(StrEnum):
 
     STARTED = "started"
     FREEZE = "freeze"
+    DEEPEN = "deepen"
     THAW = "thaw"
     HIBERNATE = "hibernate"
     WAKE = "wake"
     SAVE = "save"
     RETREAT = "retreat"
     SAVED = "saved"
+    DEEPENED = "deepened"
     DONE = "done"
     ROLLED_BACK = "rolled_back"
     LOST = "lost"
@@ -71,6 +73,11 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
         (_S.FREEZING, _T.LOST): _S.FAILED,
         (_S.FREEZING, _T.EXITED): _S.DEAD,
         (_S.FROZEN, _T.THAW): _S.THAWING,
+        # Frozen all the time: of its contents nothing moves, only its context leaves the GPU.
+        (_S.FROZEN, _T.DEEPEN): _S.FROZEN,
+        (_S.FROZEN, _T.DEEPENED): _S.FROZEN,
+        (_S.FROZEN, _T.ROLLED_BACK): _S.FROZEN,
+        (_S.FROZEN, _T.LOST): _S.FAILED,
         (_S.FROZEN, _T.EXITED): _S.DEAD,
         (_S.THAWING, _T.DONE): _S.ACTIVE,
         (_S.THAWING, _T.ROLLED_BACK): _S.FROZEN,
@@ -102,6 +109,7 @@ TRANSITIONS: Final[Mapping[tuple[ProcState, Trigger], ProcState]] = MappingProxy
         (_S.DEAD, _T.ROLLED_BACK): _S.DEAD,
         (_S.DEAD, _T.LOST): _S.DEAD,
         (_S.DEAD, _T.SAVED): _S.DEAD,
+        (_S.DEAD, _T.DEEPENED): _S.DEAD,
         (_S.DEAD, _T.EXITED): _S.DEAD,
         # Reality over memory: what a look at the driver showed, at recovery or after a failure.
         **{

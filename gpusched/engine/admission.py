@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from gpusched import errors
 from gpusched.domain.capacity import Promise, Shortage, add, larger, remap, vram_shortages
 from gpusched.domain.exchange import GpuMap
+from gpusched.domain.states import ProcState
 from gpusched.engine.events import Surveyed, TreeFacts
 from gpusched.engine.model import Caller, Process
 from gpusched.ports import Gpu
@@ -142,6 +144,34 @@ def host_ram_shortage(
     return None
 
 
+def require_quota(
+    off: Sequence[Process],
+    in_ram: Iterable[Process],
+    facts: Surveyed,
+    quota_bytes: int,
+) -> None:
+    """Raises InsufficientHostMemory when freezing ``off`` exceeds what an ordinary user's may take of host RAM.
+
+    ``in_ram``: whose contents are there already, or on their way.
+    """
+    in_ram = list(in_ram)
+    for uid in {p.uid for p in off} - {0}:
+        need = sum(sum(held_now(p, facts).values()) for p in off if p.uid == uid)
+        taken = sum(p.vram_bytes for p in in_ram if p.uid == uid)
+        advice = "Thaw, hibernate or kill something frozen." if taken else "It alone exceeds that."
+        if need and need + taken > quota_bytes:
+            raise errors.InsufficientHostMemory(
+                f"this needs {format_size(need)} of host RAM; uid {uid} has {format_size(taken)} of its "
+                f"{format_size(quota_bytes)} (user_ram_budget). {advice}",
+                {
+                    "need_bytes": need,
+                    "snapshots_bytes": taken,
+                    "budget_bytes": quota_bytes,
+                    "uid": uid,
+                },
+            )
+
+
 def _require_cgroup_room(
     off: Sequence[Process], facts: Surveyed, numbers: Mapping[str, int]
 ) -> None:
@@ -176,10 +206,13 @@ def shortages(
     on: Sequence[tuple[Process, GpuMap]],
     facts: Surveyed,
     promises: Iterable[Promise],
+    stays: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Shortage]:
-    """The GPUs on which ``on`` would not fit once ``off`` is frozen."""
+    """The GPUs on which ``on`` would not fit once ``off`` has left; of that ``stays`` bytes remain taken."""
     assert facts.usage is not None
-    free = {uuid: memory.free_bytes for uuid, memory in facts.usage.gpus.items()}
+    free = {
+        uuid: memory.free_bytes - stays.get(uuid, 0) for uuid, memory in facts.usage.gpus.items()
+    }
     return vram_shortages(
         need=need_of(on),
         # What goes off gives its room, and what could not be taken back may have some of its own already.
@@ -194,31 +227,42 @@ def promise_for(
     on: Sequence[tuple[Process, GpuMap]],
     facts: Surveyed,
     disk_bytes: int = 0,
+    stays: Mapping[str, int] = MappingProxyType({}),
 ) -> Promise:
-    """Room for the way forward and for the way back."""
+    """Room for the way forward, beside which ``stays`` remains of ``off``, and for the way back."""
     back = add(*(held_now(p, facts) for p in off))
     waking = sum(on_disk_bytes(p) for p, _ in on if p.main is None)
     return Promise(
         tree_ids=frozenset({p.tree_id for p in off} | {p.tree_id for p, _ in on}),
-        vram=larger(need_of(on), back),
+        vram=larger(add(need_of(on), stays), back),
         host_bytes=sum(back.values()) + waking,
         disk_bytes=disk_bytes,
     )
+
+
+def occupants(processes: Iterable[Process], facts: Surveyed) -> dict[str, list[str]]:
+    """The names of those of ``processes`` that are on each GPU; a context that a frozen one has left does not count."""
+    found: dict[str, list[str]] = {}
+    for process in processes:
+        if process.state is not ProcState.FROZEN:
+            for uuid in held_now(process, facts):
+                found.setdefault(uuid, []).append(process.name)
+    return found
 
 
 def too_little_vram(
     names: Sequence[str],
     found: Sequence[Shortage],
     gpus: Mapping[str, Gpu],
-    occupants: Mapping[str, Sequence[str]],
+    there: Mapping[str, Sequence[str]],
     *,
     evict: bool,
 ) -> errors.InsufficientGpuMemory:
-    """The refusal, with who is there and what to do. ``occupants[uuid]`` are names of active processes."""
+    """The refusal, with who is there and what to do. ``there``: see ``occupants``."""
     worst = max(found, key=lambda s: s.missing)
     gpu = gpus.get(worst.gpu)
     where = f"GPU {gpu.index}" if gpu else worst.gpu
-    there = ", ".join(occupants.get(worst.gpu, ())) or "no managed process"
+    names_there = ", ".join(there.get(worst.gpu, ())) or "no managed process"
     promised = (
         f", {format_size(worst.promised)} of it promised to running operations"
         if worst.promised
@@ -232,7 +276,7 @@ def too_little_vram(
     )
     return errors.InsufficientGpuMemory(
         f"{wanted} needs {format_size(worst.need)} on {where}; {format_size(worst.free)} would be free"
-        f"{promised}. Active there: {there}. {advice}",
+        f"{promised}. Active there: {names_there}. {advice}",
         {
             "gpus": [
                 {

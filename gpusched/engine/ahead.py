@@ -1,8 +1,11 @@
-"""Making room in host RAM before anybody needs it: one frozen process after the other goes to disk in the background.
+"""Making room before anybody needs it, in the background.
 
-Only where the daemon was told to keep a reserve, and only while nothing else is under way. It is a hibernation like any
-other, but for one thing: as soon as a request wants the process, it is given up, and the process is frozen as before.
-Who needs room while it is at work waits for its end rather than sending somebody else (``Exchanges``).
+In host RAM: one frozen process after the other goes to disk. Only where the daemon was told to keep a reserve, and only
+while nothing else is under way. It is a hibernation like any other, but for one thing: as soon as a request wants the
+process, it is given up, and the process is frozen as before. Who needs room while it is at work waits for its end and
+sends nobody else (``Exchanges``).
+
+On a GPU: contexts that freezes have left there go when a process is started there, which takes room without asking.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from gpusched import errors
 from gpusched.domain.eviction import Cold, DiskPolicy, ahead_of_need
+from gpusched.domain.states import ProcState
 from gpusched.engine.core import Core
 from gpusched.engine.model import Operation
 from gpusched.protocol import messages as m
@@ -59,15 +63,8 @@ class AheadOfNeed:
         )
         if tree_id is None:
             return None
-        self._op = Operation(
-            op_id=self._core.new_op_id(),
-            kind="hibernate",
-            caller=None,
-            params=m.Hibernate(name=processes[tree_id].name),
-            tree_ids=(tree_id,),
-            future=asyncio.get_running_loop().create_future(),
-            arrived_s=self._core.monotonic_s,
-        )
+        params = m.Hibernate(name=processes[tree_id].name)
+        self._op = _of_our_own(self._core, "hibernate", params, tree_id)
         log.info("to disk ahead of need process=%s op=%s", self._op.params.name, self._op.op_id)
         return self._op
 
@@ -89,3 +86,42 @@ class AheadOfNeed:
             process = self._core.node.processes.get(tree_id)
             if process is not None and process.writing is not None:
                 self._core.ports.disk.give_up(process.writing)
+
+
+def clear_contexts(core: Core, gpus: Collection[str]) -> None:
+    """Has frozen processes leave nothing on ``gpus`` (UUIDs), as far as is known. Returns at once."""
+    for tree_id, process in list(core.node.processes.items()):
+        if process.state is ProcState.FROZEN and process.kept.keys() & set(gpus):
+            deepen(core, tree_id)
+
+
+def deepen(core: Core, tree_id: str) -> str:
+    """Has one frozen process leave nothing on its GPUs; the operation's id.
+
+    It is a freeze that nobody asked for: when its turn comes and the process runs, nothing is done. One that fails
+    leaves the process frozen as it was, which is logged.
+    """
+    for waiting in core.node.operations.values():
+        if waiting.caller is None and waiting.kind == "freeze" and waiting.tree_ids == (tree_id,):
+            return waiting.op_id
+    op = _of_our_own(core, "freeze", m.Freeze(name=core.node.processes[tree_id].name), tree_id)
+    op.future.add_done_callback(_log_failure)
+    core.node.operations[op.op_id] = op
+    return op.op_id
+
+
+def _of_our_own(core: Core, kind: str, params: m.Freeze | m.Hibernate, tree_id: str) -> Operation:
+    return Operation(
+        op_id=core.new_op_id(),
+        kind=kind,
+        caller=None,
+        params=params,
+        tree_ids=(tree_id,),
+        future=asyncio.get_running_loop().create_future(),
+        arrived_s=core.monotonic_s,
+    )
+
+
+def _log_failure(future: asyncio.Future[object]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.warning("a context stays on its GPU: %s", error)

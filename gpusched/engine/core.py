@@ -50,6 +50,8 @@ class Limits:
 
     #: None: a share of the RAM that the host has at the moment; a virtual machine's may grow.
     ram_budget_bytes: int | None
+    #: How much of it the processes of one ordinary user may take; None: all.
+    user_ram_budget_bytes: int | None
     disk_budget_bytes: int
     #: How much of the RAM budget is kept free ahead of need; 0: nothing.
     ram_reserve_bytes: int
@@ -229,10 +231,14 @@ class Core:
         fixed = self.limits.ram_budget_bytes
         return int(self.ports.host.ram().total_bytes * RAM_SHARE) if fixed is None else fixed
 
+    def in_host_ram(self) -> list[Process]:
+        """Whose VRAM contents lie in host RAM."""
+        frozen = (ProcState.FROZEN, ProcState.THAWING, ProcState.HIBERNATING, ProcState.WAKING)
+        return [p for p in self.node.processes.values() if p.state in frozen]
+
     def snapshots_bytes(self) -> int:
         """VRAM contents that lie in host RAM."""
-        frozen = (ProcState.FROZEN, ProcState.THAWING, ProcState.HIBERNATING, ProcState.WAKING)
-        return sum(p.vram_bytes for p in self.node.processes.values() if p.state in frozen)
+        return sum(p.vram_bytes for p in self.in_host_ram())
 
     def disk_used_bytes(self) -> int:
         """What images take, each counted once."""

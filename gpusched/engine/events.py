@@ -86,6 +86,8 @@ class MoveEnded:
     driver_ms: float = 0.0
     oom_scores: dict[int, int] | None = None
     moved: dict[int, dict[str, str]] | None = None
+    kept: dict[str, int] | None = None
+    late: dict[str, int] = field(default_factory=dict)
     disk: DiskReport | None = None
     error: BaseException | None = None
     note: str = ""

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from gpusched import errors
-from gpusched.domain.eviction import Candidate, Cold, DiskPolicy, LeastRecentlyUsed, choose_victims
+from gpusched.domain.eviction import Cold, DiskPolicy, LeastRecentlyUsed
 from gpusched.domain.exchange import Exchange, GpuMap
 from gpusched.domain.moves import Move
 from gpusched.domain.placement import permutation
 from gpusched.domain.states import ProcState
-from gpusched.engine import admission, disk_admission
+from gpusched.engine import admission, disk_admission, kept
 from gpusched.engine.ahead import AheadOfNeed
 from gpusched.engine.core import Core
 from gpusched.engine.events import Surveyed
+from gpusched.engine.gpu_room import GpuRoom
 from gpusched.engine.leases import Leases
 from gpusched.engine.model import Operation, Process
 from gpusched.engine.orders import Orders
@@ -50,6 +51,7 @@ class Exchanges:
         self.ahead = AheadOfNeed(core, self._to_disk, self._cold)
         #: Operations that need room in RAM, for which somebody is on the way to disk already.
         self._parked: list[str] = []
+        self._gpu_room = GpuRoom(core, self.survey)
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -68,6 +70,7 @@ class Exchanges:
         for process in (*off, *down):
             self._leases.require_free(process, op.caller, force=getattr(op.params, "force", False))
         move = Move.SAVE if isinstance(op.params, m.Fork) else Move.HIBERNATE
+        op.keep_context = getattr(op.params, "keep_context", False)
         op.exchange = Exchange(
             off=tuple(p.tree_id for p in off),
             down={p.tree_id: move for p in down},
@@ -82,6 +85,8 @@ class Exchanges:
     ) -> tuple[list[Process], list[tuple[Process, GpuMap]]]:
         """Who must go off and who must come on; whoever is there already is left out."""
         match op.params:
+            case m.Freeze() if op.caller is None:  # of our own: only for what a freeze has left
+                return [], []
             case m.Freeze() | m.Hibernate():
                 return [p for p in processes if p.state in _CAN_GO_OFF], []
             case m.Fork():
@@ -173,6 +178,10 @@ class Exchanges:
         if facts.error is not None:
             raise facts.error
         self._note_vram(op, facts)
+        processes = self._core.node.processes
+        op.kept_bytes |= {t: sum(kept.of(processes[t], facts).values()) for t in op.tree_ids}
+        assert op.exchange is not None
+        op.exchange = replace(op.exchange, deepen=kept.must_go(op, processes, facts))
         off, on = self._members(op)
         assert op.exchange is not None
         if not op.exchange.trees:
@@ -203,11 +212,13 @@ class Exchanges:
         planned = [
             (replace(p, vram=off[0].vram if off else saved[0].vram), g) for p, g in op.planned
         ]
-        short = admission.shortages(off, [*on, *planned], facts, promises)
-        if short:
-            self._make_room(op, off, on, short, facts)
+        if short := self._gpu_room.shortage(op, off, [*on, *planned], facts, promises):
+            self._gpu_room.make(op, off, on, short, facts)
             return
-        op.promise = admission.promise_for(off, on, facts, disk_admission.need_of(saved, facts))
+        disk_bytes = disk_admission.need_of(saved, facts)
+        op.promise = admission.promise_for(
+            off, on, facts, disk_bytes, self._gpu_room.stays(op, off, facts)
+        )
         op.before = {t: self._core.node.processes[t].state for t in op.tree_ids} | op.before
         op.survey_ms = (self._core.monotonic_s - op.begun_s) * 1000
         self._orders.begin(op)
@@ -221,6 +232,7 @@ class Exchanges:
         """
         assert op.exchange is not None
         promises = self._core.promises(except_op=op.op_id, since_s=facts.taken_s)
+        self._require_quota(op, off, facts)
         leaving = [self._core.node.processes[t] for t in op.exchange.room]
         shortage = admission.host_ram_shortage(
             off,
@@ -245,8 +257,28 @@ class Exchanges:
         self.survey(op)
         return False
 
+    def _require_quota(self, op: Operation, off: Sequence[Process], facts: Surveyed) -> None:
+        """Charges what will stay in RAM; not who is in the way of somebody else."""
+        quota = self._core.limits.user_ram_budget_bytes
+        if quota is None:
+            return
+        assert op.exchange is not None
+        node, on = self._core.node, op.exchange.on.keys()
+        gone = on | {t for t, move in op.exchange.down.items() if move is Move.HIBERNATE}
+        uid = op.caller.uid if op.caller else None
+        charged = [
+            p
+            for p in off
+            if p.tree_id not in gone and (p.tree_id not in op.evicted or p.uid == uid)
+        ]
+        admitted = [o for o in node.operations.values() if o is not op and o.promise is not None]
+        coming = {t for o in admitted if o.exchange is not None for t in o.exchange.off}
+        in_ram = ({p.tree_id for p in self._core.in_host_ram()} | coming) - on
+        admission.require_quota(charged, [node.processes[t] for t in in_ram], facts, quota)
+
     def resume(self) -> None:
-        """What waited for room in RAM looks again, when that is there or will not come."""
+        """What waited for room looks again, when that is there or will not come."""
+        self._gpu_room.resume()
         if self._parked and not self.ahead.is_at_work:
             parked, self._parked = self._parked, []
             for op_id in parked:
@@ -297,8 +329,11 @@ class Exchanges:
             op.unmovable[tree_id] = f"{process.name}: {facts.disk[tree_id].obstacles[0].message}"
             del self._core.node.busy[tree_id]
         op.tree_ids = tuple(t for t in op.tree_ids if t not in stuck)
-        kept = tuple(t for t in op.exchange.room if t not in stuck)
-        op.exchange = replace(op.exchange, room=kept)
+        op.exchange = replace(
+            op.exchange,
+            room=tuple(t for t in op.exchange.room if t not in stuck),
+            deepen=tuple(t for t in op.exchange.deepen if t not in stuck),
+        )
         self.survey(op)
         return True
 
@@ -309,48 +344,3 @@ class Exchanges:
             if process.state is _S.ACTIVE and (held := admission.held_now(process, facts)):
                 gpus = tuple(sorted(held)) if process.adopted else process.gpus
                 self._core.put(replace(process, vram=held, gpus=gpus))
-
-    def _make_room(
-        self,
-        op: Operation,
-        off: Sequence[Process],
-        on: Sequence[tuple[Process, GpuMap]],
-        short: Sequence[Any],
-        facts: Surveyed,
-    ) -> None:
-        """Adds victims to the operation and surveys again; refuses when it was not asked for or none suffice."""
-        evict = getattr(op.params, "evict", False)
-        victims = (
-            choose_victims(self._candidates(op, facts), {s.gpu: s.missing for s in short})
-            if evict and not op.evicted
-            else None
-        )
-        if not victims:
-            occupants: dict[str, list[str]] = {}
-            going = {p.tree_id for p in off}
-            for tree_id, held in facts.held.items():
-                if tree_id not in going and tree_id in self._core.node.processes:
-                    for uuid in held:
-                        occupants.setdefault(uuid, []).append(
-                            self._core.node.processes[tree_id].name
-                        )
-            raise admission.too_little_vram(
-                [p.name for p, _ in on], short, self._core.gpus, occupants, evict=evict
-            )
-        assert op.exchange is not None
-        op.evicted = victims
-        op.tree_ids = (*op.tree_ids, *victims)
-        self._core.claim(op, victims)
-        op.exchange = replace(op.exchange, off=(*op.exchange.off, *victims))
-        self.survey(op)
-
-    def _candidates(self, op: Operation, facts: Surveyed) -> list[Candidate]:
-        node = self._core.node
-        return [
-            Candidate(tree_id=t, last_used_unix_s=p.last_used_unix_s, vram=facts.held.get(t, {}))
-            for t, p in node.processes.items()
-            if p.state is _S.ACTIVE
-            and t not in node.busy
-            and node.lease_count(t, self._core.unix_s) == 0
-            and (p.evictable or (op.caller is not None and p.uid == op.caller.uid))
-        ]

@@ -14,11 +14,12 @@ from typing import Any, Final
 from gpusched import errors
 from gpusched.domain.states import ProcState, Trigger
 from gpusched.engine.admission import require_few, require_owner
+from gpusched.engine.ahead import clear_contexts
 from gpusched.engine.core import Core
 from gpusched.engine.events import Launched
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
-from gpusched.ports import DriverState, Identity, Launch, Member, User
+from gpusched.ports import OFF, DriverState, Identity, Launch, Member, User
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class Lifecycle:
             uid=owner,
             user=user.name,
             vram=held,
-            is_frozen=with_cuda == {DriverState.CHECKPOINTED},
+            is_frozen=bool(with_cuda) and with_cuda <= OFF,
         )
 
     def _require_adoptable(self, op: Operation, members: list[Member], pid: int) -> None:
@@ -270,6 +271,7 @@ class Lifecycle:
             process = self._core.put(replace(process, gpus=gpus))
         else:
             self._core.node.counters.cold_starts += 1
+            clear_contexts(self._core, process.gpus)
         if event.is_frozen:
             process = self._core.apply(tree_id, Trigger.FOUND_FROZEN, "adopted while checkpointed")
         self._core.watch(process)

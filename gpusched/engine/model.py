@@ -109,6 +109,8 @@ class Process:
     vram: dict[str, int] = field(default_factory=dict)
     oom_scores: dict[int, int] = field(default_factory=dict)
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    #: What its last freeze has left on GPUs, in bytes; decisions look at the GPUs themselves.
+    kept: dict[str, int] = field(default_factory=dict)
     #: What holds it, or held it until a moment ago: kept until it runs again.
     on_disk: OnDisk | None = None
     #: The image that a hibernation is writing; complete, it is what the process is.
@@ -194,6 +196,10 @@ class Report:
     oom_scores: dict[int, int] | None = None
     #: Members whose saved VRAM belongs to other GPUs now than the tree's record says, and by which map.
     moved: dict[int, dict[str, str]] = field(default_factory=dict)
+    #: VRAM that a freeze has left to its contexts, in bytes for each GPU.
+    kept: dict[str, int] = field(default_factory=dict)
+    #: VRAM that members who came late to a freeze had on top, in bytes for each GPU.
+    late: dict[str, int] = field(default_factory=dict)
     error: errors.GpuschedError | None = None
     note: str = ""
 
@@ -219,6 +225,11 @@ class Operation:
     exchange: Exchange | None = None
     promise: Promise | None = None
     evicted: tuple[str, ...] = ()
+    #: Whether what is frozen may leave its context on the GPU; and how many bytes it has left there, by tree.
+    keep_context: bool = False
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+    #: Frozen trees whose contexts were asked to go for this.
+    asked_to_go: frozenset[str] = frozenset()
     #: Frozen trees that cannot go to disk to make room, and why.
     unmovable: dict[str, str] = field(default_factory=dict)
     #: Of a fork: its copies before they are there, and the image that they come from; then their tree ids.

@@ -10,18 +10,18 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from gpusched import errors
 from gpusched.domain.exchange import Order, Phase
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import ProcState, Trigger
-from gpusched.engine import admission
 from gpusched.engine.core import Core
 from gpusched.engine.disk_moves import DiskTask
 from gpusched.engine.events import DiskReport, Exited, MoveEnded
 from gpusched.engine.leases import Leases
-from gpusched.engine.model import OnDisk, Operation, Process, Tree, to_record
+from gpusched.engine.model import Operation, Process, Tree, to_record
+from gpusched.engine.outcomes import ON_DISK, changes_after, on_disk, refused, trigger_of
 from gpusched.engine.results import Results
 from gpusched.ports import Revival
 from gpusched.protocol import messages as m
@@ -29,7 +29,6 @@ from gpusched.protocol import messages as m
 log = logging.getLogger(__name__)
 
 _S = ProcState
-_ON_DISK: Final = (Move.HIBERNATE, Move.SAVE, Move.WAKE, Move.RETREAT)
 
 
 class Orders:
@@ -72,11 +71,11 @@ class Orders:
             process = self._core.node.processes[order.tree_id]
             if process.state is _S.DEAD:  # it waited for its turn, or to be taken back
                 gone = errors.ProcessExited(f"{process.name} ended in the middle of the operation")
-                self._core.post(_refused(op.op_id, order, gone))
+                self._core.post(refused(op.op_id, order, gone))
                 continue
             if order.move is Move.THAW and process.state is _S.HIBERNATED:
                 gone = errors.ProcessExited(f"{process.name} ended, and is on disk as it was")
-                self._core.post(_refused(op.op_id, order, gone))
+                self._core.post(refused(op.op_id, order, gone))
                 continue
             why = f"{op.kind} {op.op_id}" + (" (taking it back)" if order.is_undo else "")
             changes: dict[str, Any] = {}
@@ -115,12 +114,12 @@ class Orders:
         except errors.GpuschedError as error:
             if not all(o.is_undo for o in orders):  # an undo is owed, recorded or not
                 for order in orders:
-                    self._core.post(_refused(op.op_id, order, error))
+                    self._core.post(refused(op.op_id, order, error))
                 return
         record_ms = round((self._core.monotonic_s - begun) * 1000, 2)
         async with asyncio.TaskGroup() as moves:
             for order in orders:
-                perform = self._move_disk if order.move in _ON_DISK else self._move
+                perform = self._move_disk if order.move in ON_DISK else self._move
                 moves.create_task(
                     perform(op, order, record_ms), name=f"{order.move}-{order.tree_id}"
                 )
@@ -130,7 +129,12 @@ class Orders:
     async def _move(self, op: Operation, order: Order, record_ms: float) -> None:
         process = self._core.node.processes[order.tree_id]
         begun = self._core.monotonic_s
-        report = await self._core.mover.run(Tree.of(process), order.move, order.gpu_map)
+        report = await self._core.mover.run(
+            Tree.of(process),
+            order.move,
+            order.gpu_map,
+            keep_context=op.keep_context and order.move is Move.FREEZE and not order.is_undo,
+        )
         outcome, disk = report.outcome, None
         if isinstance(report.error, errors.ProcessExited) or outcome is Outcome.LOST:
             disk = await self._fall_back(process, report.error)
@@ -145,6 +149,8 @@ class Orders:
                 driver_ms=report.driver_ms,
                 oom_scores=report.oom_scores,
                 moved=report.moved,
+                kept=report.kept,
+                late=report.late,
                 disk=disk,
                 error=report.error,
                 note=report.note,
@@ -219,17 +225,18 @@ class Orders:
         assert op.exchange is not None
         tree_id = ended.order.tree_id
         before = self._core.node.processes[tree_id]
-        changes = self._changes(before, ended)
+        changes = changes_after(before, ended, self._core.unix_s)
         why = (
             str(ended.error) if ended.error else f"{op.kind} {op.op_id}, {ended.duration_ms:.0f} ms"
         )
-        process = self._core.apply(tree_id, _trigger(ended), why, **changes)
+        process = self._core.apply(tree_id, trigger_of(ended), why, **changes)
         self._after_disk(op, ended, before, process)
         self._core.sampler.invalidate()
         if ended.error is not None and op.error is None:
             op.error = ended.error
         op.durations_ms[tree_id] = op.durations_ms.get(tree_id, 0.0) + ended.duration_ms
         op.driver_ms[tree_id] = op.driver_ms.get(tree_id, 0.0) + ended.driver_ms
+        op.kept_bytes[tree_id] = sum((ended.kept or {}).values())
         phases = op.phases_ms.setdefault(tree_id, {"survey": round(op.survey_ms, 2)})
         phases.update(ended.phases_ms)
         self._tell(op, ended, process)
@@ -237,34 +244,6 @@ class Orders:
         orders = op.exchange.ended(tree_id, Outcome.DONE if nothing_left else ended.outcome)
         if orders or op.exchange.phase is Phase.ENDED:
             self._carry_out(op, orders)
-
-    def _changes(self, process: Process, ended: MoveEnded) -> dict[str, Any]:
-        """What the record of a process learns from the end of a move."""
-        changes: dict[str, Any] = {}
-        order = ended.order
-        if ended.oom_scores is not None:
-            changes["oom_scores"] = ended.oom_scores
-        if ended.moved is not None:
-            changes["moved"] = ended.moved
-        if ended.outcome is Outcome.LOST:
-            changes["error"] = f"{ended.error}. {ended.note}"
-        if ended.disk is not None and ended.disk.back_on_disk:
-            lost: dict[str, Any] = {"main": None, "oom_scores": {}, "moved": {}, "writing": None}
-            changes |= {**lost, "error": str(ended.error)}
-        elif order.move in _ON_DISK:
-            changes |= _disk_changes(process, ended, self._core.unix_s)
-        if ended.outcome is Outcome.DONE:
-            changes["error"] = None
-            if order.move is Move.THAW:
-                changes |= {
-                    "gpus": tuple((order.gpu_map or {}).get(g, g) for g in process.gpus),
-                    "vram": admission.need_of([(process, order.gpu_map)]),
-                    "last_used_unix_s": self._core.unix_s,
-                    # It runs, so it is not any more what the image holds.
-                    "on_disk": None,
-                    "copy_of": None,
-                }
-        return changes
 
     def _after_disk(
         self, op: Operation, ended: MoveEnded, before: Process, process: Process
@@ -276,12 +255,12 @@ class Orders:
             and ended.disk.image is not None
         ):
             if ended.order.move is Move.SAVE:
-                op.saved = _on_disk(before, ended.disk, self._core.unix_s)
+                op.saved = on_disk(before, ended.disk, self._core.unix_s)
             if ended.order.move in (Move.HIBERNATE, Move.SAVE):
                 self._core.node.images.add(ended.disk.image)
             if ended.order.move is Move.HIBERNATE:
                 self._core.node.counters.hibernations += 1
-        near_disk = ended.order.move in _ON_DISK or before.on_disk is not None
+        near_disk = ended.order.move in ON_DISK or before.on_disk is not None
         if near_disk and process.main is not None and process.state is not _S.DEAD:
             self._core.watch(process)
 
@@ -332,59 +311,3 @@ class Orders:
             process = self._core.named(op.params.name)
             result |= self._leases.grant(process, op.caller, op.params.for_s)
         return result
-
-
-def _trigger(ended: MoveEnded) -> Trigger:
-    if ended.disk is not None and ended.disk.back_on_disk:
-        return Trigger.FOUND_HIBERNATED
-    if ended.order.move is Move.SAVE and ended.outcome is Outcome.DONE:
-        return Trigger.SAVED
-    return Trigger(ended.outcome)
-
-
-def _disk_changes(process: Process, ended: MoveEnded, unix_s: float) -> dict[str, Any]:
-    """What a move to or from disk changes; on disk, pids are those inside."""
-    assert ended.disk is not None
-    if ended.outcome is not Outcome.DONE:
-        return {"writing": None}
-    match ended.order.move:
-        case Move.HIBERNATE:
-            on_disk = _on_disk(process, ended.disk, unix_s)
-            return {
-                "on_disk": on_disk,
-                "writing": None,
-                "main": None,
-                "oom_scores": {},
-                "moved": {},
-            }
-        case Move.WAKE:
-            assert process.on_disk is not None
-            return {**process.on_disk.woken(ended.disk.pids), "main": ended.disk.main}
-        case Move.RETREAT:
-            return {"main": None, "oom_scores": {}, "moved": {}}
-        case _:
-            return {}
-
-
-def _on_disk(process: Process, report: DiskReport, unix_s: float) -> OnDisk:
-    assert report.image is not None
-    return OnDisk.of(
-        process,
-        report.image,
-        size_bytes=report.image_bytes,
-        created_unix_s=unix_s,
-        pids=report.pids,
-    )
-
-
-def _refused(op_id: str, order: Order, error: errors.GpuschedError) -> MoveEnded:
-    """The end of an order that was never begun."""
-    disk = DiskReport() if order.move in _ON_DISK else None
-    return MoveEnded(
-        op_id=op_id,
-        order=order,
-        outcome=Outcome.ROLLED_BACK,
-        duration_ms=0.0,
-        disk=disk,
-        error=error,
-    )

@@ -4,8 +4,8 @@ Covers: finding every tree that lives, its true state, and finishing or undoing 
 on before everything has been looked at. Does not cover: anything while the daemon runs (``exchanges.py``).
 
 For each process of the journal, one of:
-1. It lives, and all its CUDA processes are checkpointed: frozen (whatever is left of the freeze is finished).
-2. It lives, and none is locked or checkpointed: active.
+1. It lives, and the contents of all its CUDA processes are off the GPU: frozen (what is left of the freeze is done).
+2. It lives, and none is locked or off the GPU: active.
 3. It lives, half-way: taken back to active when its VRAM fits, else on to frozen.
 4. It is gone: dead, with the exit status that its supervisor wrote.
 An exchange that had not ended is then undone whole, unless it had come to its goal.
@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from gpusched import errors
+from gpusched.domain.capacity import add
 from gpusched.domain.moves import Move, Outcome
 from gpusched.domain.states import MOVING, ProcState, Trigger
 from gpusched.engine.disk_recovery import DiskRecovery
@@ -30,6 +31,7 @@ from gpusched.engine.model import Process, Tree, from_record
 from gpusched.engine.moves import Mover
 from gpusched.engine.survey import take_sample
 from gpusched.ports import (
+    OFF,
     Clock,
     Disk,
     Driver,
@@ -228,7 +230,7 @@ class Recovery:
         if found & {DriverState.FAILED, DriverState.UNKNOWN}:
             return self._broken(process, "was given up by the driver; kill it")
         stopped_only = not found and stopped and was in _AT_REST
-        if found == {DriverState.CHECKPOINTED} or stopped_only:
+        if (found and found <= OFF) or stopped_only:
             move, wanted = Move.FREEZE, _S.FROZEN
         elif found <= {DriverState.RUNNING}:
             if was is _S.ACTIVE:
@@ -236,15 +238,25 @@ class Recovery:
             move, wanted = Move.THAW, _S.ACTIVE
         else:
             # What is only locked has its VRAM still.
-            fits = DriverState.CHECKPOINTED not in found or await self._fits(process)
+            fits = not found & OFF or await self._fits(process)
             move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
-        return await self._move(process, move, wanted, f"was {was}")
+        # A context that is on the GPU may stay there: whoever needs the room has it taken off.
+        keep = bool(found) and found <= OFF
+        return await self._move(process, move, wanted, f"was {was}", keep_context=keep)
 
-    async def _move(self, process: Process, move: Move, wanted: ProcState, why: str) -> Process:
+    async def _move(
+        self,
+        process: Process,
+        move: Move,
+        wanted: ProcState,
+        why: str,
+        *,
+        keep_context: bool = False,
+    ) -> Process:
         """Performs or finishes ``move``; the process after it, whichever way it ended."""
-        report = await self._mover.run(Tree.of(process), move)
+        report = await self._mover.run(Tree.of(process), move, keep_context=keep_context)
         now = self._clock.unix_s()
-        changes: dict[str, Any] = {"moved": report.moved}
+        changes: dict[str, Any] = {"moved": report.moved, "kept": report.kept}
         if report.oom_scores is not None:
             changes["oom_scores"] = report.oom_scores
         found = {_S.FROZEN: Trigger.FOUND_FROZEN, _S.ACTIVE: Trigger.FOUND_ACTIVE}
@@ -262,10 +274,13 @@ class Recovery:
         )
 
     async def _fits(self, process: Process) -> bool:
-        """Whether all of a tree's VRAM has room, even if none of it is there now (it may be half there)."""
+        """Whether all of a tree's VRAM has room, beside what it holds of that already."""
         usage: Usage = await self._driver.usage()
+        assert process.main is not None
+        members = await self._trees.members(process.tree_id, process.main)
+        own = add(*(usage.processes.get(m.pid, {}) for m in members))
         return all(
-            usage.gpus[uuid].free_bytes >= size
+            usage.gpus[uuid].free_bytes + own.get(uuid, 0) >= size
             for uuid, size in process.vram.items()
             if uuid in usage.gpus
         )

@@ -138,6 +138,7 @@ def _render(core: Core, process: Process) -> types.ProcessStatus:
         "own_network": process.own_network,
         "evictable": process.evictable,
         "stop": process.stop,
+        "context_mb": mib(sum(process.kept.values())) if process.state is ProcState.FROZEN else 0,
         "leases": 0,
         "op": None,
         "exit_code": exit_.code if exit_ else None,

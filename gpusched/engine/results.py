@@ -75,7 +75,8 @@ class Results:
         }
         if moved:
             result["phases_ms"] = op.phases_ms[process.tree_id]
-            if process.vram_bytes and not self._core.description.simulated:
+            has_moved = op.exchange is None or process.tree_id not in op.exchange.deepen
+            if process.vram_bytes and has_moved and not self._core.description.simulated:
                 result["path"] = _path(op.phases_ms[process.tree_id])
             result["driver_ms"] = round(op.driver_ms[process.tree_id], 2)
         if self._core.description.simulated:
@@ -84,6 +85,8 @@ class Results:
 
     def _frozen(self, op: Operation, process: Process) -> dict[str, Any]:
         result = self._moved(op, process) | {"tier": tier_of(process.state).value}
+        if getattr(op.params, "keep_context", False):
+            result["context_mb"] = mib(op.kept_bytes.get(process.tree_id, 0))
         if process.state is _S.HIBERNATED:
             result["disk_mb"] = mib(on_disk_bytes(process))
         if op.exchange is not None and op.exchange.room:

@@ -158,8 +158,9 @@ class DriverClient:
         args = {"pid": pid, "timeout_s": timeout_s}
         return _as(float, await self._call("lock", args, timeout_s + LOCK_MARGIN_S))
 
-    async def checkpoint(self, pid: int, deadline_s: float) -> Took:
-        return _took(await self._call("checkpoint", {"pid": pid}, deadline_s))
+    async def checkpoint(self, pid: int, deadline_s: float, *, keep_context: bool = False) -> Took:
+        args = {"pid": pid, "keep_context": keep_context}
+        return _took(await self._call("checkpoint", args, deadline_s))
 
     async def restore(self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float) -> Took:
         args = {"pid": pid, "gpu_map": None if gpu_map is None else dict(gpu_map)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from gpusched.ports.disk import Disk, DiskFacts, DiskRoom, Image, Revival, Saved, Woken
 from gpusched.ports.driver import (
+    OFF,
     Description,
     Driver,
     DriverApi,
@@ -24,6 +25,7 @@ from gpusched.ports.host import Clock, Host, HostRam, Journal, User, Users
 from gpusched.ports.trees import ExitStatus, Identity, Launch, Member, Trees
 
 __all__ = [
+    "OFF",
     "Clock",
     "Description",
     "Disk",

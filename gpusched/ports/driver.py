@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class DriverState(StrEnum):
@@ -16,9 +16,14 @@ class DriverState(StrEnum):
     RUNNING = "running"
     LOCKED = "locked"
     CHECKPOINTED = "checkpointed"
+    PARKED = "parked"  # as checkpointed, but its context is still on the GPU
     CHANGING = "changing"  # a checkpoint or restore is under way
     FAILED = "failed"
     UNKNOWN = "unknown"
+
+
+#: The contents of its VRAM are not on the GPU.
+OFF: Final = frozenset({DriverState.CHECKPOINTED, DriverState.PARKED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,8 @@ class Description:
     driver_version: str
     gpus: tuple[Gpu, ...]
     can_migrate: bool
+    #: What a context that stays on a GPU is taken for before it is there, for each process.
+    context_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +111,15 @@ class DriverApi(Protocol):
         """CUDA calls of ``pid`` block from here on. Raises LockTimeout: the process runs on, unlocked."""
         ...
 
-    def checkpoint(self, pid: int) -> None:
-        """LOCKED -> CHECKPOINTED: device memory to host memory, the GPU is released."""
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
+        """LOCKED or PARKED -> CHECKPOINTED: device memory to host memory, the GPU is released.
+
+        ``keep_context``: LOCKED -> PARKED where the backend and the process can, which is faster both ways.
+        """
         ...
 
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
-        """CHECKPOINTED -> LOCKED, onto the GPUs that ``gpu_map`` (a full permutation, UUID to UUID) says."""
+        """CHECKPOINTED or PARKED -> LOCKED, onto the GPUs that ``gpu_map`` (a full permutation, UUID to UUID) says."""
         ...
 
     def unlock(self, pid: int) -> None:
@@ -119,7 +129,8 @@ class DriverApi(Protocol):
     def absorb(self, pid: int) -> None:
         """CHECKPOINTED stays so; what was kept of it outside of the process is in the process's own memory after it.
 
-        For who saves the process or copies it. Works on a stopped process.
+        For who saves the process or copies it. Works on a stopped process. Raises DriverError for a PARKED one, which
+        is as it was: what is on a GPU cannot be saved.
         """
         ...
 
@@ -140,7 +151,9 @@ class Driver(Protocol):
     async def usage(self) -> Usage: ...
     async def states(self, pids: Sequence[int]) -> dict[int, DriverState]: ...
     async def lock(self, pid: int, timeout_s: float) -> float: ...
-    async def checkpoint(self, pid: int, deadline_s: float) -> Took: ...
+    async def checkpoint(
+        self, pid: int, deadline_s: float, *, keep_context: bool = False
+    ) -> Took: ...
     async def restore(
         self, pid: int, gpu_map: Mapping[str, str] | None, deadline_s: float
     ) -> Took: ...

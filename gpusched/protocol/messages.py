@@ -44,8 +44,11 @@ class Adopt(Struct, frozen=True, kw_only=True):
 
 
 class Freeze(Struct, frozen=True, kw_only=True):
+    """``keep_context``: its CUDA context may stay on the GPU, until somebody needs the room."""
+
     name: Name
     force: bool = False
+    keep_context: bool = False
 
 
 class Thaw(Struct, frozen=True, kw_only=True):
@@ -62,6 +65,7 @@ class Swap(Struct, frozen=True, kw_only=True):
     off: str | Names
     on: str | Names
     force: bool = False
+    keep_context: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.off, self.on):

@@ -53,7 +53,8 @@ METHODS: Final = MappingProxyType(
             result=types.FreezeResult,
             access=Access.OWNER,
             idempotent=True,
-            doc="Move a process's VRAM to host RAM and stop it; the GPU is free afterwards.",
+            doc="Move a process's VRAM to host RAM and stop it; the GPU is free afterwards, "
+            "with `keep_context` but for the CUDA context.",
         ),
         "thaw": Method(
             params=m.Thaw,

@@ -77,17 +77,51 @@ def goes_on(client: GpuSched, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("keep_context", [False, True])
 def test_a_busy_process_leaves_and_comes_back_at_random_moments(
-    daemon: PrivateDaemon, rng: random.Random
+    daemon: PrivateDaemon, rng: random.Random, keep_context: bool
 ) -> None:
     with daemon.client() as client:
         start(client, "busy", 2)
         for _ in range(ROUNDS):
             threading.Event().wait(rng.uniform(0, 0.2))
-            off, on = client.freeze("busy"), client.thaw("busy")
+            off = client.freeze("busy", keep_context=keep_context)
+            on = client.thaw("busy")
             assert (off["path"], on["path"]) == ("direct", "direct")
+            assert (off.get("context_mb", 0) > 100) == keep_context
             print(off["duration_ms"], off["phases_ms"], on["duration_ms"], on["phases_ms"])
         goes_on(client, "busy")
+
+
+def test_a_context_that_was_kept_goes_when_it_is_in_the_way(daemon: PrivateDaemon) -> None:
+    with daemon.client() as client:
+        start(client, "one", 2)
+        used_mb = client.status()["gpus"][0]["mem_used_mb"]
+        kept = client.freeze("one", keep_context=True)
+        assert 100 < kept["context_mb"] < 2000, kept
+        start(client, "two", 1)  # which takes room without asking
+        wait_until(lambda: entry(client, "one")["context_mb"] == 0, within_s=20, what="it is gone")
+        off, _ = client.swap("two", "one", keep_context=True)
+        assert off["context_mb"] > 100, off
+        goes_on(client, "one")
+        client.freeze("one", keep_context=True)
+        for name in ("one", "two"):
+            deep = client.freeze(name)
+            print(deep)
+            assert entry(client, name)["state"] == "frozen"
+        wait_until(
+            lambda: client.status()["gpus"][0]["mem_used_mb"] < used_mb - 2000,
+            within_s=10,
+            what="the GPU is free",
+        )
+        print(client.status()["gpus"][0]["mem_used_mb"], "MiB taken with both frozen, of", used_mb)
+        for name in ("one", "two"):
+            client.thaw(name)
+            goes_on(client, name)
+
+
+def entry(client: GpuSched, name: str) -> Any:
+    return next(p for p in client.processes() if p["name"] == name)
 
 
 def test_it_goes_to_disk_and_into_copies(daemon: PrivateDaemon) -> None:
@@ -110,32 +144,57 @@ def test_it_goes_to_disk_and_into_copies(daemon: PrivateDaemon) -> None:
 
 
 def test_whoever_is_killed_nothing_is_lost(daemon: PrivateDaemon, rng: random.Random) -> None:
-    """The mover, the driver helper or the daemon, at random moments of freezes and thaws."""
+    """The mover, the driver helper, the daemon or the process itself, at random moments of freezes and thaws."""
     with daemon.client() as client:
         start(client, "busy", 2)
         client.freeze("busy")
         client.thaw("busy")
     for number in range(KILLS):
-        who = ("mover", "helper", "daemon")[number % 3]
-        worker = threading.Thread(target=_move_until_it_fails, args=(daemon,))
+        who = ("mover", "helper", "daemon", "target")[number % 4]
+        with daemon.client() as client:
+            pid = entry(client, "busy")["pid"]
+        worker = threading.Thread(
+            target=_move_until_it_fails, args=(daemon, random.Random(rng.random()))
+        )
         worker.start()
         threading.Event().wait(rng.uniform(0.1, 2.0))
-        _kill(daemon, who)
+        if who == "target":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            _kill(daemon, who)
         if who != "daemon":
             threading.Event().wait(1.0)
             daemon.kill9()
         worker.join()
         daemon.start()
         with daemon.client() as client:
-            client.thaw("busy")
-            goes_on(client, "busy")
+            if who == "target":
+                _require_nothing_left(client)
+                start(client, "busy", 2)
+            else:
+                client.thaw("busy")
+                goes_on(client, "busy")
+        print(number, who, flush=True)
 
 
-def _move_until_it_fails(daemon: PrivateDaemon) -> None:
+def _require_nothing_left(client: GpuSched) -> None:
+    """Of a process that was killed in the middle."""
+    assert entry(client, "busy")["state"] == "dead"
+    client.kill("busy")
+    status = client.status()
+    assert status["memory"]["snapshots_mb"] == 0
+    wait_until(
+        lambda: client.status()["gpus"][0]["mem_used_mb"] < 1500, within_s=20, what="VRAM is back"
+    )
+
+
+def _move_until_it_fails(daemon: PrivateDaemon, rng: random.Random) -> None:
     with contextlib.suppress(GpuschedError, OSError), daemon.client() as client:
         while True:
             with contextlib.suppress(GpuschedError):
-                client.freeze("busy")
+                client.freeze("busy", keep_context=rng.random() < 0.5)
+                if rng.random() < 0.3:
+                    client.freeze("busy")
                 client.thaw("busy")
             client.status()
 

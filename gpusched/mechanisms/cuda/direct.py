@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 #: The gate's part of the time for a lock; a process that needs longer is for the driver's own.
 _GATE_S: Final = 5.0
+#: Of a parked process, too, the driver knows these better.
+_DRIVERS_OWN: Final = (DriverState.CHECKPOINTED, DriverState.CHANGING, DriverState.FAILED)
 #: After so long without a move the movers end and spare chunks go back to the host.
 _IDLE_S: Final = 60.0
 
@@ -90,8 +92,8 @@ class DirectDriver:
             phase = None if state == DriverState.NONE else _phase(pid)
             if is_moving:
                 found[pid] = DriverState.CHANGING
-            elif phase == Phase.PARKED:
-                found[pid] = DriverState.CHECKPOINTED
+            elif phase == Phase.PARKED and state not in _DRIVERS_OWN:
+                found[pid] = DriverState.PARKED
             elif phase == Phase.CLOSED and state == DriverState.RUNNING:
                 found[pid] = DriverState.LOCKED
             else:
@@ -117,6 +119,10 @@ class DirectDriver:
 
     def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
         with self._move(pid) as phases, _find(pid) as target:
+            if target is not None and target.phase == Phase.PARKED:
+                if not keep_context:
+                    self._passage.deepen(target, phases)
+                return
             if target is None or target.phase != Phase.CLOSED:
                 self._driver.checkpoint(pid)
                 return
@@ -146,6 +152,11 @@ class DirectDriver:
     def absorb(self, pid: int) -> None:
         with self._move(pid), _find(pid) as target:
             if target is not None and target.phase == Phase.PARKED:
+                if self._driver.states([pid]).get(pid) != DriverState.CHECKPOINTED:
+                    raise errors.DriverError(
+                        f"process {pid} has its context on the GPU still: checkpoint it first",
+                        {"pid": pid},
+                    )
                 self._passage.absorb(target)
 
     # -- keeping little

@@ -22,11 +22,14 @@ from gpusched import errors
 from gpusched.mechanisms.cuda import preflight
 from gpusched.mechanisms.cuda.nvml import Nvml
 from gpusched.ports import Description, DriverState, Obstacle, Usage
+from gpusched.units import GIB
 
 #: The first driver that moves processes between GPUs and leaves them whole after an error.
 SUPPORTED_DRIVER: Final = 580
 #: The first driver with the checkpoint calls.
 OLDEST_DRIVER: Final = 570
+#: What the context of a process is taken for. PyTorch's kept 0.5 GB on an H100; large modules add to it.
+CONTEXT_BYTES: Final = GIB
 
 _STATES: Final[Mapping[int, DriverState]] = {
     0: DriverState.RUNNING,
@@ -173,6 +176,7 @@ class CudaDriver:
                 driver_version=version,
                 gpus=nvml.find_gpus(),
                 can_migrate=major >= SUPPORTED_DRIVER and hasattr(cuda, "CUcheckpointGpuPair"),
+                context_bytes=CONTEXT_BYTES,
             )
         except BaseException:
             nvml.close()
@@ -190,7 +194,7 @@ class CudaDriver:
         args.timeoutMs = max(1, round(timeout_s * 1000))  # 0 would wait for ever
         self._call("lock", pid, args)
 
-    def checkpoint(self, pid: int) -> None:
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
         """Device memory to host memory. Blocks: about half a second and another for each 2 GB."""
         with self._move(pid):
             self._call("checkpoint", pid, None)

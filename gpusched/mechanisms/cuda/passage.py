@@ -64,9 +64,7 @@ class Passage:
         """
         try:
             pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
-            snapshot = self._pool.take(
-                target.pid, start_ticks(target.pid), proc.ruid(target.pid) or 0, pieces
-            )
+            snapshot = self._pool.take(target.pid, start_ticks(target.pid), pieces)
         except (errors.GpuschedError, OSError, Refused) as error:
             raise NotBegun from error
         with contextlib.ExitStack() as jobs:
@@ -98,6 +96,18 @@ class Passage:
                     copying.result()
             target.drop()
 
+    def deepen(self, target: Target, phases: Phases) -> None:
+        """Of a parked process, the driver's checkpoint of what is left on the GPU.
+
+        Raises GpuschedError; it is parked still.
+        """
+        phases.path = "direct"
+        with phases.time("context"):
+            if self._driver.states([target.pid]).get(target.pid) == DriverState.RUNNING:
+                self._driver.lock(target.pid, LOCK_S)
+            if self._driver.states([target.pid]).get(target.pid) == DriverState.LOCKED:
+                self._driver.checkpoint(target.pid)
+
     def _begin_jobs(
         self, jobs: contextlib.ExitStack, snapshot: Snapshot, gpus: Mapping[str, object]
     ) -> dict[str, Mover]:
@@ -117,6 +127,8 @@ class Passage:
 
         Where the mover fails, or has no room beside the process, the process copies for itself.
         """
+        if gpu_map:
+            self.deepen(target, phases)  # only a restore takes it to another GPU
         snapshot = self._pool.find(target.pid, start_ticks(target.pid))
         # To another GPU it goes by itself: which one its memory is on then, it alone can say.
         if snapshot is not None and not snapshot.absorbed and not gpu_map:

@@ -9,8 +9,8 @@ everything that the last one did. Chunks without a manifest hold nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,8 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.units import MIB, format_size
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 512 * MIB
 #: What stays free for the rest of the host when a chunk is made.
@@ -42,7 +44,6 @@ class Snapshot:
 
     pid: int
     start_ticks: int
-    uid: int
     chunks: tuple[str, ...]
     #: Of the pieces, in their order: places in the process's table, GPUs (UUIDs) and bytes.
     places: tuple[int, ...]
@@ -89,9 +90,7 @@ class Pool:
         self._next = 0
         self._recover(clear=not of_another)
 
-    def take(
-        self, pid: int, start_ticks: int, uid: int, pieces: Sequence[tuple[int, str, int]]
-    ) -> Snapshot:
+    def take(self, pid: int, start_ticks: int, pieces: Sequence[tuple[int, str, int]]) -> Snapshot:
         """Room for ``pieces`` (place, GPU, bytes); not complete yet.
 
         Raises InsufficientHostMemory, OSError; nothing was taken then.
@@ -113,7 +112,6 @@ class Pool:
             snapshot = Snapshot(
                 pid=pid,
                 start_ticks=start_ticks,
-                uid=uid,
                 chunks=chunks,
                 places=tuple(place for place, _, _ in pieces),
                 gpus=tuple(gpu for _, gpu, _ in pieces),
@@ -205,11 +203,16 @@ class Pool:
 
     def _recover(self, *, clear: bool) -> None:
         for path in self.directory.glob("process-*.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            try:
                 found = json.loads(path.read_text())
                 lists = {key: tuple(found[key]) for key in ("chunks", "places", "gpus", "sizes")}
                 snapshot = Snapshot(**(found | lists))
-                self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
+            except (ValueError, KeyError, TypeError) as error:
+                # Somebody's contents, perhaps of another version: whose chunks they are in, nobody can say.
+                log.warning("%s cannot be read (%s); chunks stay as they are", path, error)
+                clear = False
+                continue
+            self._snapshots[snapshot.pid, snapshot.start_ticks] = snapshot
         taken = {chunk for snapshot in self._snapshots.values() for chunk in snapshot.chunks}
         for path in self.directory.glob("chunk-*"):
             self._next = max(self._next, int(path.name.removeprefix("chunk-")))

@@ -37,6 +37,10 @@ _TABLE_AT: Final = 8192
 _ENTRY: Final = struct.Struct("<IIQ")
 
 
+#: What a parked process keeps on a GPU, or all that it has there: stands for a CUDA context.
+CONTEXT_BYTES: Final = 4 << 20
+
+
 class Word(IntEnum):
     """The state of one process, as in the driver's own numbering."""
 
@@ -44,6 +48,8 @@ class Word(IntEnum):
     LOCKED = 1
     CHECKPOINTED = 2
     FAILED = 3
+    #: Ours, not the driver's: contents saved, and CONTEXT_BYTES of each GPU still taken.
+    PARKED = 4
 
 
 class Work(IntEnum):
@@ -85,9 +91,28 @@ class Record(NamedTuple):
 
     def where(self) -> tuple[int, ...] | None:
         """Which GPU stands for which original index now; None while the process holds no VRAM."""
-        if self.word is not Word.CHECKPOINTED:
+        if self.word not in (Word.CHECKPOINTED, Word.PARKED):
             return self.gpu_map
         return self.pending_map if self.work is Work.RESTORING else None
+
+    def shares(self) -> dict[int, int]:
+        """VRAM by GPU index, in bytes: what it holds now, or what a restore under way was promised."""
+        where = self.where()
+        if where is not None:
+            return bytes_by_gpu(self.allocations, where)
+        if self.word is not Word.PARKED:
+            return {}
+        held = bytes_by_gpu(self.allocations, self.gpu_map)
+        return {gpu: min(size, CONTEXT_BYTES) for gpu, size in held.items()}
+
+
+def bytes_by_gpu(allocations: Sequence[Allocation], gpu_map: Sequence[int]) -> dict[int, int]:
+    """How many bytes lie on which GPU when ``gpu_map`` holds."""
+    found: dict[int, int] = {}
+    for each in allocations:
+        gpu = gpu_map[each.gpu]
+        found[gpu] = found.get(gpu, 0) + each.size_bytes
+    return found
 
 
 def read_stat(pid: int) -> Stat | None:

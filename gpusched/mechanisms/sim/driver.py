@@ -23,16 +23,18 @@ from typing import Final
 from gpusched import errors
 from gpusched.mechanisms.sim import moving
 from gpusched.mechanisms.sim.control import (
+    CONTEXT_BYTES,
     MAX_GPUS,
     Record,
     Word,
     Work,
+    bytes_by_gpu,
     flocked,
     is_alive,
     parse_key,
     read_stat,
 )
-from gpusched.mechanisms.sim.layout import FRESH, SimDirectory, bytes_by_gpu
+from gpusched.mechanisms.sim.layout import FRESH, SimDirectory
 from gpusched.mechanisms.sim.script import Script, When
 from gpusched.mechanisms.sim.target import Target, os_errors
 from gpusched.ports import Description, DriverState, Gpu, GpuMemory, Obstacle, Usage
@@ -46,6 +48,7 @@ _STATES: Final = {
     Word.RUNNING: DriverState.RUNNING,
     Word.LOCKED: DriverState.LOCKED,
     Word.CHECKPOINTED: DriverState.CHECKPOINTED,
+    Word.PARKED: DriverState.PARKED,
     Word.FAILED: DriverState.FAILED,
 }
 
@@ -101,10 +104,11 @@ class SimDriver:
             driver_version="simulated",
             gpus=self._sim.gpus,
             can_migrate=True,
+            context_bytes=CONTEXT_BYTES,
         )
 
     def usage(self) -> Usage:
-        """Bytes allocated by RUNNING and LOCKED processes; files of dead ones are removed in passing."""
+        """Bytes that processes hold, of PARKED ones what stands for a context. Removes files of dead ones."""
         self._scripted("usage", None, "before")
         with os_errors("usage", None):
             self._collect()
@@ -165,6 +169,11 @@ class SimDriver:
 
     def absorb(self, pid: int) -> None:
         """What is saved lies beside the simulated GPU, and travels with the tree's own directory."""
+        if self._state(pid) is DriverState.PARKED:
+            raise errors.DriverError(
+                f"pid {pid} has its context on the simulated GPU still: checkpoint it first",
+                {"pid": pid},
+            )
 
     def unlock(self, pid: int) -> None:
         with self._target("unlock", pid, Word.LOCKED) as target:
@@ -173,9 +182,12 @@ class SimDriver:
             target.control.set_word(Word.RUNNING)
             self._scripted("unlock", target, "after")
 
-    def checkpoint(self, pid: int) -> None:
-        with self._target("checkpoint", pid, Word.LOCKED) as target:
+    def checkpoint(self, pid: int, *, keep_context: bool = False) -> None:
+        with self._target("checkpoint", pid, Word.LOCKED, Word.PARKED) as target:
             target.require_scheduled()
+            if target.record().word is Word.PARKED:
+                self._deepen(target, keep_context=keep_context)
+                return
             with target.at_rest(), target.working(Work.CHECKPOINTING, self._worker):
                 allocations = target.record().allocations
                 self._scripted("checkpoint", target, "before")
@@ -186,12 +198,19 @@ class SimDriver:
                 except BaseException:
                     moving.drop_saved(target.saved_fd)
                     raise
-                target.control.set_word(Word.CHECKPOINTED)
+                target.control.set_word(Word.PARKED if keep_context else Word.CHECKPOINTED)
                 moving.empty(target.dir_fd, allocations)
             self._scripted("checkpoint", target, "after")
 
+    def _deepen(self, target: Target, *, keep_context: bool) -> None:
+        """Its contents are saved; what stands for its context goes too, unless that may stay."""
+        self._scripted("checkpoint", target, "before")
+        if not keep_context:
+            target.control.set_word(Word.CHECKPOINTED)
+        self._scripted("checkpoint", target, "after")
+
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
-        with self._target("restore", pid, Word.CHECKPOINTED) as target:
+        with self._target("restore", pid, Word.CHECKPOINTED, Word.PARKED) as target:
             target.require_scheduled()
             pending = self._map(target, gpu_map)
             with target.working(Work.NONE, self._worker):
@@ -228,7 +247,9 @@ class SimDriver:
         """Promises the VRAM of a restore: from here on it counts, for as long as this driver lives and works on it."""
         with self._sim.capacity():
             needs = bytes_by_gpu(target.record().allocations, pending)
-            free = self._sim.free_bytes(self._sim.shares())
+            others = self._sim.shares()
+            others.pop(target.pid, None)  # its context is a part of what it needs
+            free = self._sim.free_bytes(others)
             for gpu, need in needs.items():
                 if need > free[gpu]:
                     raise target.error(
@@ -255,7 +276,7 @@ class SimDriver:
         self._script.act(rules, call, pid)
 
     @contextmanager
-    def _target(self, call: str, pid: int, wanted: Word) -> Iterator[Target]:
+    def _target(self, call: str, pid: int, *wanted: Word) -> Iterator[Target]:
         """Opens ``pid`` for one call and keeps every other call off it. Foreign errors become DriverError here."""
         with os_errors(call, pid), ExitStack() as stack:
             target = Target(self._sim, call, pid, stack)
@@ -264,8 +285,8 @@ class SimDriver:
             except TimeoutError as error:
                 raise target.error("NOT_READY", "another driver call on it is under way") from error
             word = target.record().word
-            if word is not wanted:
-                raise target.error("ILLEGAL_STATE", f"it is {word.name}, not {wanted.name}")
+            if word not in wanted:
+                raise target.error("ILLEGAL_STATE", f"it is {word.name}, not {wanted[0].name}")
             yield target
 
     def _tidy(self, record: Record) -> None:
@@ -276,7 +297,7 @@ class SimDriver:
                 stack.enter_context(flocked(target.saved_fd, _TIDY_WAIT_S))
                 record = target.record()
                 target.control.end_work()
-                if record.word is Word.CHECKPOINTED:
+                if record.word in (Word.CHECKPOINTED, Word.PARKED):
                     moving.empty(target.dir_fd, record.allocations)
                 elif record.word is not Word.FAILED:
                     moving.drop_saved(target.saved_fd)

@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from gpusched.mechanisms.sim.control import (
-    Allocation,
     Control,
     Record,
     flocked,
@@ -172,9 +171,9 @@ class SimDirectory:
         """
         found: dict[int, dict[int, int]] = {}
         for number, record in enumerate(self.records(), 1):
-            where = record.where()
-            if where is not None:  # without a pid it has a negative number here
-                found[record.pid or -number] = bytes_by_gpu(record.allocations, where)
+            share = record.shares()
+            if share:  # without a pid it has a negative number here
+                found[record.pid or -number] = share
         return found
 
     def free_bytes(self, shares: Mapping[int, Mapping[int, int]]) -> list[int]:
@@ -191,12 +190,3 @@ def _names(directory: Path) -> list[str]:
         return os.listdir(directory)  # noqa: PTH208 - names are all that is wanted
     except OSError:
         return []
-
-
-def bytes_by_gpu(allocations: Sequence[Allocation], gpu_map: Sequence[int]) -> dict[int, int]:
-    """How many bytes lie on which GPU when ``gpu_map`` holds."""
-    found: dict[int, int] = {}
-    for each in allocations:
-        gpu = gpu_map[each.gpu]
-        found[gpu] = found.get(gpu, 0) + each.size_bytes
-    return found

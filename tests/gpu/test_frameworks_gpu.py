@@ -1,0 +1,70 @@
+"""CuPy and JAX past the driver's copy, on a real GPU: each checks its own every step against NumPy.
+
+Run with ``pytest -m gpu tests/gpu/test_frameworks_gpu.py`` as root. GPUSCHED_ROUNDS sets the number of rounds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemons import PrivateDaemon, wait_until
+from gpusched import GpuSched
+from gpusched.mechanisms.cuda import pool_home
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
+]
+
+ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "10"))
+BUSY = Path(__file__).with_name("array_busy.py")
+
+
+@pytest.fixture
+def daemon() -> Iterator[PrivateDaemon]:
+    started = PrivateDaemon(backend="cuda")
+    started.start()
+    yield started
+    started.end()
+
+
+def steps(client: GpuSched, name: str) -> int:
+    """How far it is. Raises AssertionError where it found anything wrong."""
+    lines = client.logs(name, 20)["lines"]
+    wrong = [line for line in lines if "WRONG" in line or "Error" in line]
+    assert not wrong, lines
+    if any("no GPU for" in line for line in lines):
+        pytest.skip(lines[-1])
+    found = [line.split()[1:] for line in lines[:-1] if line.startswith("steps")]
+    return int(found[-1][0]) if found else 0
+
+
+def goes_on(client: GpuSched, name: str) -> None:
+    before = steps(client, name)
+    wait_until(lambda: steps(client, name) > before, within_s=30, what=f"{name} goes on")
+
+
+@pytest.mark.parametrize("framework", ["cupy", "jax"])
+def test_a_busy_process_leaves_and_comes_back(daemon: PrivateDaemon, framework: str) -> None:
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+    seed = int(os.environ.get("GPUSCHED_SEED", "0")) or random.SystemRandom().randrange(10**6)
+    print(f"GPUSCHED_SEED={seed}")
+    rng = random.Random(seed)
+    with daemon.client() as client:
+        client.run("busy", [sys.executable, str(BUSY), framework, "1"])
+        wait_until(lambda: steps(client, "busy") > 0, within_s=110, what=f"{framework} works")
+        for number in range(ROUNDS):
+            time.sleep(rng.uniform(0, 0.2))
+            off = client.freeze("busy", keep_context=number % 2 == 1)
+            on = client.thaw("busy")
+            print(off["mem_mb"], off["path"], off["duration_ms"], on["path"], on["duration_ms"])
+            goes_on(client, "busy")
