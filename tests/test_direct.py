@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,77 +16,17 @@ from pathlib import Path
 import pytest
 
 import standin_cuda
+from direct_bench import Bench, kill_movers, memory_files, off, phase, thaw_whatever
 from gpusched import errors
 from gpusched.mechanisms.cuda import direct, pool
-from gpusched.mechanisms.cuda.direct import DirectDriver
 from gpusched.mechanisms.cuda.mover_client import Mover
-from gpusched.mechanisms.cuda.pool import Pool
 from gpusched.mechanisms.cuda.target import Phase, Target
-from gpusched.ports import OFF, DriverState
+from gpusched.ports import DriverState
 from gpusched.units import MIB
-from standin_cuda import Program, StandinDriver
+from standin_cuda import Program
 
+pytest_plugins = ["direct_fixtures"]
 pytestmark = pytest.mark.skipif(standin_cuda.compiler() is None, reason="needs a C compiler")
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("standin")
-    standin_cuda.build(directory)
-    return directory
-
-
-@pytest.fixture
-def standin(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "processes").mkdir()
-    monkeypatch.setenv("STANDIN_DIR", str(tmp_path / "processes"))
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(built))
-    monkeypatch.setattr(pool, "CHUNK_BYTES", 16 * MIB)
-    monkeypatch.setattr("gpusched.mechanisms.cuda.mover_client.CHUNK_BYTES", 16 * MIB)
-    return built
-
-
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """Where the pool lies: in memory."""
-    path = Path(f"/dev/shm/gpusched-test-{os.getpid()}-{random.randrange(10**9)}")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-class Bench:
-    """A daemon's helper as far as it matters here."""
-
-    def __init__(self, tmp_path: Path, home: Path) -> None:
-        self._processes, self._home = tmp_path / "processes", home
-        self._start()
-
-    def begin(self) -> None:
-        """As a new helper does, whatever the last one left."""
-        self.direct.close()  # movers end with their helper
-        self._start()
-
-    def _start(self) -> None:
-        self.driver = StandinDriver(self._processes)
-        self.direct = DirectDriver(self.driver, Pool(self._home))
-
-    def freeze(self, pid: int, *, keep_context: bool = False) -> None:
-        self.direct.lock(pid, 5.0)
-        self.direct.checkpoint(pid, keep_context=keep_context)
-
-    def thaw(self, pid: int) -> None:
-        self.direct.restore(pid, None)
-        self.direct.unlock(pid)
-
-    def state(self, pid: int) -> DriverState:
-        return self.direct.states([pid])[pid]
-
-
-@pytest.fixture
-def bench(standin: Path, tmp_path: Path, home: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path, home)
-    yield made
-    made.direct.close()
 
 
 @pytest.fixture
@@ -116,10 +54,6 @@ def test_contents_leave_and_come_back_at_any_moment(
         assert bench.state(program.pid) == DriverState.RUNNING
     program.runs_on()
     assert bench.direct.pool.snapshots() == []
-
-
-def off(keep_context: bool) -> DriverState:
-    return DriverState.PARKED if keep_context else DriverState.CHECKPOINTED
 
 
 def test_a_context_that_was_kept_can_go_later(bench: Bench, program: Program) -> None:
@@ -167,16 +101,6 @@ def test_nothing_of_it_is_left_on_the_device(bench: Bench, program: Program) -> 
     assert sum(memory_files(mover.pid or 0) for mover in bench.direct.movers.all()) == 0
     bench.thaw(program.pid)
     program.runs_on()
-
-
-def memory_files(pid: int) -> int:
-    """The stand-in's physical memory that a process holds or has mapped."""
-    links = []
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            links.append(str(fd.readlink()))
-    maps = Path(f"/proc/{pid}/maps").read_text()
-    return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
 
 
 def test_contents_that_a_process_has_absorbed_come_back_from_there(
@@ -235,13 +159,6 @@ def test_a_pool_without_room_leaves_it_to_the_driver(
     assert phase(program.pid) == Phase.CLOSED
     bench.thaw(program.pid)
     program.runs_on()
-
-
-def phase(pid: int) -> Phase | None:
-    target = Target.find(pid)
-    assert target is not None
-    with target:
-        return target.phase
 
 
 def test_a_mover_that_cannot_start_leaves_it_to_the_driver(
@@ -339,22 +256,6 @@ def test_a_mover_killed_at_any_moment_loses_nothing(bench: Bench, program: Progr
         killer.join()
         thaw_whatever(bench, program.pid)
         program.runs_on()
-
-
-def kill_movers(bench: Bench) -> None:
-    for mover in bench.direct.movers.all():
-        if mover.pid is not None:
-            os.kill(mover.pid, signal.SIGKILL)
-
-
-def thaw_whatever(bench: Bench, pid: int) -> None:
-    """As the engine does after an error: asks what is true and goes from there."""
-    state = bench.state(pid)
-    if state in OFF:
-        bench.direct.restore(pid, None)
-        state = DriverState.LOCKED
-    if state == DriverState.LOCKED:
-        bench.direct.unlock(pid)
 
 
 @pytest.mark.parametrize("call", ["lock", "checkpoint", "restore", "unlock"])

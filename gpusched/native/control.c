@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 #define PAGE_NAME "gpusched-direct"
-enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64, HIGH_FD = 500 };
+enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64 };
 
 /* The phases of a process; the daemon knows the same numbers. */
 enum phase { RUNNING, CLOSED, PARKED };
@@ -42,6 +42,8 @@ struct request {
     uint32_t magic, sequence, operation, argument;
     uint64_t first; /* place in the table */
 };
+/* Of EXPORT: whether the descriptors stay here too until DROP, or only go out. */
+enum keeping { KEEP, PASS };
 
 struct item {
     uint64_t place, address, size;
@@ -82,7 +84,7 @@ static CUresult each(struct reply *reply, uint64_t first, CUresult (*work)(struc
     CUresult result = CUDA_SUCCESS;
     for (; place < table.count && reply->count < BATCH && result == CUDA_SUCCESS; place++) {
         struct memory *memory = &table.items[place];
-        if (!memory->address)
+        if (!memory_is_movable(memory))
             continue;
         if (work != NULL)
             result = driver.cuCtxSetCurrent(memory->context);
@@ -101,7 +103,7 @@ static CUresult each(struct reply *reply, uint64_t first, CUresult (*work)(struc
 static CUresult for_all(CUresult (*work)(struct memory *)) {
     CUresult result = CUDA_SUCCESS;
     for (size_t i = 0; i < table.count && result == CUDA_SUCCESS; i++)
-        if (table.items[i].address) {
+        if (memory_is_movable(&table.items[i])) {
             result = driver.cuCtxSetCurrent(table.items[i].context);
             if (result == CUDA_SUCCESS)
                 result = work(&table.items[i]);
@@ -109,15 +111,15 @@ static CUresult for_all(CUresult (*work)(struct memory *)) {
     return result;
 }
 
-/* Asks nothing of the driver, which may have been told to stand still meanwhile. */
-static CUresult drop_all(void) {
-    for (size_t i = 0; i < table.count; i++)
-        memory_drop_fd(&table.items[i]);
-    return CUDA_SUCCESS;
+/* Of those that `each` has told of: what is on its way to the daemon holds the memory by itself. */
+static void drop_told(const struct reply *reply) {
+    for (uint32_t i = 0; i < reply->count; i++)
+        memory_drop_fd(&table.items[reply->items[i].place]);
 }
 
-static CUresult unmap(struct memory *memory) {
-    return memory->handle ? memory_unmap(memory) : CUDA_SUCCESS;
+static CUresult let_go_of_all(void) {
+    CUresult result = mappings_away();
+    return result == CUDA_SUCCESS ? for_all(memory_release) : result;
 }
 
 /* Fresh memory, and a descriptor of it; not mapped yet. */
@@ -132,30 +134,20 @@ static CUresult create(struct memory *memory) {
 static CUresult map(struct memory *memory) {
     if (!memory->handle)
         return CUDA_ERROR_INVALID_VALUE;
-    if (memory->mapped)
+    if (memory->address == 0 || memory->mapped)
         return CUDA_SUCCESS;
     return memory_map(memory);
-}
-
-/* Takes back what `create` made, where not all of it fits. */
-static CUresult uncreate(struct memory *memory) {
-    memory_drop_fd(memory);
-    if (memory->mapped)
-        memory_unmap(memory);
-    else if (memory->handle)
-        driver.cuMemRelease(memory->handle);
-    memory->handle = 0;
-    return CUDA_SUCCESS;
 }
 
 /* Room in our own memory, of which no page is there until somebody writes to it. What is here goes where we go: to
  * disk, and into copies. */
 static bool make_shelter(void) {
-    void *made = mmap(NULL, table.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const size_t bytes = memory_movable_bytes();
+    void *made = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (made == MAP_FAILED)
         return false;
     page->shelter = (uint64_t)(uintptr_t)made;
-    page->shelter_size = table.bytes;
+    page->shelter_size = bytes;
     return true;
 }
 
@@ -169,20 +161,22 @@ static void leave_shelter(void) {
 /* From our own memory, one piece after the other as they stand in the table. */
 static const char *next_sheltered;
 static CUresult fill(struct memory *memory) {
-    CUresult result = driver.cuMemcpyHtoD(memory->address, next_sheltered, memory->size);
+    CUresult result = memory_fill(memory, next_sheltered);
     next_sheltered += memory->size;
     return result;
 }
 
 static CUresult attach(bool from_shelter) {
     CUresult result = for_all(map);
+    if (result == CUDA_SUCCESS)
+        result = mappings_back();
     if (result == CUDA_SUCCESS && from_shelter) {
         next_sheltered = (const char *)(uintptr_t)page->shelter;
         result = for_all(fill);
     }
     if (result != CUDA_SUCCESS)
         return result;
-    drop_all();
+    memory_drop_all();
     leave_shelter();
     set_phase(CLOSED);
     return CUDA_SUCCESS;
@@ -206,19 +200,26 @@ static CUresult perform(const struct request *request, struct reply *reply, int 
     switch ((enum operation)request->operation) {
     case STATE:
         return CUDA_SUCCESS;
-    case LIST:
-        return each(reply, request->first, NULL, NULL);
+    case LIST: /* also while the gate is open */
+        table_lock();
+        result = each(reply, request->first, NULL, NULL);
+        table_unlock();
+        return result;
     case CLOSE:
         return phase == RUNNING ? close_gate(request->argument) : CUDA_SUCCESS;
     case OPEN:
         if (phase == PARKED)
             return -EBUSY;
-        drop_all();
+        memory_drop_all();
         set_phase(RUNNING);
         gate_open();
         return CUDA_SUCCESS;
     case EXPORT:
-        return phase == CLOSED ? each(reply, request->first, memory_export, fds) : -EBUSY;
+        if (phase != CLOSED)
+            return -EBUSY;
+        if (request->argument == KEEP)
+            memory_raise_limit();
+        return each(reply, request->first, memory_export, fds);
     case HELD: /* as DROP: without the driver */
         return each(reply, request->first, NULL, fds);
     case PARK:
@@ -227,16 +228,18 @@ static CUresult perform(const struct request *request, struct reply *reply, int 
         if (phase == CLOSED && !make_shelter())
             return -ENOMEM;
         set_phase(PARKED); /* before the first goes: from here on the contents are not all in place */
-        return for_all(unmap);
+        return let_go_of_all();
     case DROP:
-        return drop_all();
+        memory_drop_all(); /* asks nothing of the driver, which may have been told to stand still */
+        return CUDA_SUCCESS;
     case CREATE:
         if (phase != PARKED)
             return -EBUSY;
         result = each(reply, request->first, create, fds);
         if (result != CUDA_SUCCESS) {
             reply->count = 0;
-            for_all(uncreate);
+            memory_drop_all(); /* where not all of it fits, none of it stays */
+            let_go_of_all();
         }
         return result;
     case ATTACH:
@@ -290,19 +293,12 @@ static void *serve(void *unused) {
         for (uint32_t i = 0; i < reply.count; i++)
             have_fds = have_fds && fds[i] >= 0;
         answer(&reply, have_fds ? fds : NULL);
+        if (request.operation == CREATE || (request.operation == EXPORT && request.argument == PASS))
+            drop_told(&reply);
     }
 }
 
 /* -- begin and end ------------------------------------------------------------------------------------------------- */
-
-/* Out of the way of programs that count on small numbers. */
-static int move_up(int fd) {
-    int high = fcntl(fd, F_DUPFD_CLOEXEC, HIGH_FD);
-    if (high < 0)
-        return fd;
-    close(fd);
-    return high;
-}
 
 static bool open_page(void) {
     int ends[2];
@@ -313,9 +309,9 @@ static bool open_page(void) {
         close(page_fd);
         return false;
     }
-    page_fd = move_up(page_fd);
-    own_end = move_up(ends[0]);
-    daemon_end = move_up(ends[1]);
+    page_fd = descriptor_move_up(page_fd);
+    own_end = descriptor_move_up(ends[0]);
+    daemon_end = descriptor_move_up(ends[1]);
     page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED, page_fd, 0);
     if (page == MAP_FAILED)
         return false;

@@ -70,6 +70,10 @@ struct driver {
     CUresult (*cuMemFree)(CUdeviceptr);
     CUresult (*cuMemCreate)(CUhandle *, size_t, const struct allocation_properties *, uint64_t);
     CUresult (*cuMemRelease)(CUhandle);
+    CUresult (*cuMemRetainAllocationHandle)(CUhandle *, void *);
+    CUresult (*cuMemImportFromShareableHandle)(CUhandle *, void *, int);
+    CUresult (*cuMemGetAllocationPropertiesFromHandle)(struct allocation_properties *, CUhandle);
+    CUresult (*cuMemGetHandleForAddressRange)(void *, CUdeviceptr, size_t, int, uint64_t);
     CUresult (*cuMemAddressReserve)(CUdeviceptr *, size_t, size_t, CUdeviceptr, uint64_t);
     CUresult (*cuMemAddressFree)(CUdeviceptr, size_t);
     CUresult (*cuMemMap)(CUdeviceptr, size_t, size_t, CUhandle, uint64_t);
@@ -125,36 +129,114 @@ HIDDEN void gate_exempt(void);
 /* In the child of a fork: only the calling thread is left. */
 HIDDEN void gate_after_fork(void);
 
-/* -- memory.c: device memory of our own making -------------------------------------------------------------------- */
+/* -- index.c: numbers to places in a table ------------------------------------------------------------------------- */
 
+struct index {
+    struct slot {
+        uint64_t key;
+        uint32_t place; /* plus one; 0: never used */
+    } *slots;
+    size_t room, used; /* used: removed ones included */
+};
+
+/* Memory from the kernel: not from malloc, which a program may have replaced by what calls CUDA. NULL: none. */
+HIDDEN void *pages(size_t size);
+/* For one more. False: there is no memory for it. */
+HIDDEN bool index_make_room(struct index *index);
+HIDDEN void index_put(struct index *index, uint64_t key, uint32_t place);
+HIDDEN bool index_find(const struct index *index, uint64_t key, uint32_t *place);
+HIDDEN void index_remove(struct index *index, uint64_t key);
+HIDDEN void index_clear(struct index *index);
+
+/* -- memory.c: physical memory, ours and the program's -------------------------------------------------------------- */
+
+/* One physical allocation. It lives as long as anything refers to it: an address of ours, a handle or a mapping of the
+ * program's. */
 struct memory {
-    CUdeviceptr address; /* 0: free */
+    bool taken;          /* this place in the table */
+    bool left;           /* never moved: shared with others, or of a kind that cannot be made again */
+    bool foreign;        /* made elsewhere: imported, or by calls that we do not see */
+    CUdeviceptr address; /* cuMemAlloc's, which is ours to map; 0: none */
+    CUhandle name;       /* what the program calls it by; 0: it has no handle now */
+    uint32_t references; /* of the program, by that name */
+    uint32_t mappings;   /* of the program's own making, in mappings.c */
     size_t size;
-    CUcontext context;
+    CUcontext context; /* one that uses it; NULL: none is known yet */
     CUdevice device;
     uint8_t gpu[16]; /* the device's UUID, when this was made */
-    CUhandle handle; /* 0 while the contents are elsewhere */
-    bool mapped;
+    struct allocation_properties properties;
+    int asked; /* the handle types that the program wanted */
+    CUhandle handle; /* the driver's; 0 while the contents are elsewhere */
+    bool mapped;     /* at `address` */
     int fd;          /* the exported handle, which keeps the memory alive; -1: none */
 };
 
 struct table {
     struct memory *items;
     size_t count, room; /* of items, free ones included */
-    size_t bytes;
+    size_t foreign;     /* how many are */
 };
 extern struct table table HIDDEN;
 
+/* Never held by a thread that waits at the gate, since it is taken inside, nor while the driver is called. */
+HIDDEN void table_lock(void);
+HIDDEN void table_unlock(void);
+/* With the lock held. Room for one more; false: there is no memory for it. */
+HIDDEN bool table_make_room(void);
+HIDDEN uint32_t table_add(const struct memory *memory);
+HIDDEN void table_remove(uint32_t place);
+
 HIDDEN CUresult memory_alloc(CUdeviceptr *address, size_t size);
 HIDDEN CUresult memory_free(CUdeviceptr address);
+HIDDEN bool memory_is_possible(CUdevice device);
 /* The rest is the control thread's, while the gate is closed. */
+HIDDEN bool memory_is_movable(const struct memory *memory);
+HIDDEN size_t memory_movable_bytes(void);
 HIDDEN CUresult memory_synchronize(void);
 HIDDEN CUresult memory_export(struct memory *memory);
-HIDDEN CUresult memory_unmap(struct memory *memory);
+HIDDEN CUresult memory_release(struct memory *memory);
 HIDDEN CUresult memory_create(struct memory *memory);
 HIDDEN CUresult memory_map(struct memory *memory);
+HIDDEN CUresult memory_fill(struct memory *memory, const void *contents);
+/* One descriptor for each piece may be more than the program may have: until memory_drop_all it may have more. */
+HIDDEN void memory_raise_limit(void);
+/* The same as a high number, where that is free: programs may count on small ones. */
+HIDDEN int descriptor_move_up(int fd);
 HIDDEN void memory_drop_fd(struct memory *memory);
+HIDDEN void memory_drop_all(void);
 HIDDEN void memory_after_fork(void);
+
+/* -- handles.c: what the program makes itself, and what it calls it by ---------------------------------------------- */
+
+/* With the lock held. NULL: nothing that we know. */
+HIDDEN struct memory *handle_find(CUhandle name);
+/* With the lock held, after one reference less of whatever kind. The driver's handle, to release it, where that was the
+ * last; else 0. */
+HIDDEN CUhandle handle_let_go(struct memory *memory);
+/* A handle from somewhere that we do not see is in use: a multicast object, as far as we know. */
+HIDDEN void handle_note_foreign(CUhandle name);
+HIDDEN CUresult handle_create(CUhandle *handle, size_t size, const struct allocation_properties *wanted,
+                              uint64_t flags);
+HIDDEN CUresult handle_release(CUhandle name);
+HIDDEN CUresult handle_retain(CUhandle *handle, void *address);
+HIDDEN CUresult handle_export(void *shareable, CUhandle name, int type, uint64_t flags);
+HIDDEN CUresult handle_import(CUhandle *handle, void *shareable, int type);
+HIDDEN CUresult handle_properties(struct allocation_properties *properties, CUhandle name);
+HIDDEN CUresult handle_for_range(void *handle, CUdeviceptr address, size_t size, int type, uint64_t flags);
+HIDDEN void handles_after_fork(void);
+
+/* -- mappings.c: where the program maps it ------------------------------------------------------------------------- */
+
+HIDDEN CUresult mapping_make(CUdeviceptr address, size_t size, size_t offset, CUhandle name, uint64_t flags);
+HIDDEN CUresult mapping_end(CUdeviceptr address, size_t size);
+HIDDEN CUresult mapping_set_access(CUdeviceptr address, size_t size, const struct access *access, size_t count);
+/* With the lock held: what is mapped there, or NULL; and what is mapped there is not to move from now on. */
+HIDDEN struct memory *mapping_at(CUdeviceptr address);
+HIDDEN void mappings_leave(CUdeviceptr address, size_t size);
+/* The control thread's, while the gate is closed: all mappings of what moves. */
+HIDDEN CUresult mappings_away(void);
+HIDDEN CUresult mappings_back(void);
+HIDDEN void mappings_after_fork(void);
 
 /* -- control.c: the thread that does what the daemon asks --------------------------------------------------------- */
 

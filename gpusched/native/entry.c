@@ -1,7 +1,8 @@
 /* Every way into the driver: dlsym, cuGetProcAddress, and linking to it.
  *
  * Whoever looks up a function of libcuda gets one of many alike wrappers, which counts the thread in, calls the
- * function and counts it out. The functions that make and free device memory are answered by memory.c instead.
+ * function and counts it out. The functions that make, map and free device memory are answered by memory.c, handles.c
+ * and mappings.c instead.
  */
 #define _GNU_SOURCE
 #include "direct.h"
@@ -82,6 +83,28 @@ static CUresult free_(CUdeviceptr address) {
     return result;
 }
 
+/* Those that name physical memory, or map it. Within another call it is the driver that does so, for itself. */
+#define ANSWERED(call, ours, parameters, arguments)                                                                    \
+    static CUresult answer_##call parameters {                                                                         \
+        struct thread *thread = gate_enter();                                                                          \
+        CUresult result = thread->depth > 1 ? driver.call arguments : ours arguments;                                  \
+        gate_leave(thread);                                                                                            \
+        return result;                                                                                                 \
+    }
+ANSWERED(cuMemCreate, handle_create, (CUhandle * a, size_t b, const struct allocation_properties *c, uint64_t d),
+         (a, b, c, d))
+ANSWERED(cuMemRelease, handle_release, (CUhandle a), (a))
+ANSWERED(cuMemMap, mapping_make, (CUdeviceptr a, size_t b, size_t c, CUhandle d, uint64_t e), (a, b, c, d, e))
+ANSWERED(cuMemUnmap, mapping_end, (CUdeviceptr a, size_t b), (a, b))
+ANSWERED(cuMemSetAccess, mapping_set_access, (CUdeviceptr a, size_t b, const struct access *c, size_t d), (a, b, c, d))
+ANSWERED(cuMemRetainAllocationHandle, handle_retain, (CUhandle * a, void *b), (a, b))
+ANSWERED(cuMemExportToShareableHandle, handle_export, (void *a, CUhandle b, int c, uint64_t d), (a, b, c, d))
+ANSWERED(cuMemImportFromShareableHandle, handle_import, (CUhandle * a, void *b, int c), (a, b, c))
+ANSWERED(cuMemGetAllocationPropertiesFromHandle, handle_properties, (struct allocation_properties * a, CUhandle b),
+         (a, b))
+ANSWERED(cuMemGetHandleForAddressRange, handle_for_range, (void *a, CUdeviceptr b, size_t c, int d, uint64_t e),
+         (a, b, c, d, e))
+
 static void *replace(const char *name, void *found);
 
 static CUresult get_proc_address(const char *name, void **found, int version, uint64_t flags, void *status) {
@@ -98,15 +121,28 @@ static CUresult get_proc_address_v1(const char *name, void **found, int version,
     return get_proc_address(name, found, version, flags, NULL);
 }
 
+#define AS_ASKED(call, version) {#call, #call, version, (void *)answer_##call}
 static const struct {
-    const char *name; /* as dlsym knows it */
+    const char *name;  /* as dlsym knows it */
+    const char *asked; /* and cuGetProcAddress, with the version */
+    int version;
     void *ours;
 } replaced[] = {
-    {"cuInit", (void *)init},
-    {"cuMemAlloc_v2", (void *)alloc},
-    {"cuMemFree_v2", (void *)free_},
-    {"cuGetProcAddress_v2", (void *)get_proc_address},
-    {"cuGetProcAddress", (void *)get_proc_address_v1},
+    {"cuInit", "cuInit", 2000, (void *)init},
+    {"cuMemAlloc_v2", "cuMemAlloc", 3020, (void *)alloc},
+    {"cuMemFree_v2", "cuMemFree", 3020, (void *)free_},
+    {"cuGetProcAddress_v2", "cuGetProcAddress", 12000, (void *)get_proc_address},
+    {"cuGetProcAddress", "cuGetProcAddress", 11030, (void *)get_proc_address_v1},
+    AS_ASKED(cuMemCreate, 10020),
+    AS_ASKED(cuMemRelease, 10020),
+    AS_ASKED(cuMemMap, 10020),
+    AS_ASKED(cuMemUnmap, 10020),
+    AS_ASKED(cuMemSetAccess, 10020),
+    AS_ASKED(cuMemRetainAllocationHandle, 11000),
+    AS_ASKED(cuMemExportToShareableHandle, 10020),
+    AS_ASKED(cuMemImportFromShareableHandle, 10020),
+    AS_ASKED(cuMemGetAllocationPropertiesFromHandle, 10020),
+    AS_ASKED(cuMemGetHandleForAddressRange, 11070),
 };
 enum { REPLACED = sizeof replaced / sizeof *replaced };
 /* The driver's functions of those names, by both ways to ask for them. */
@@ -159,6 +195,10 @@ static void find_driver(void) {
         {"cuMemUnmap", &driver.cuMemUnmap},
         {"cuMemSetAccess", &driver.cuMemSetAccess},
         {"cuMemExportToShareableHandle", &driver.cuMemExportToShareableHandle},
+        {"cuMemRetainAllocationHandle", &driver.cuMemRetainAllocationHandle},
+        {"cuMemImportFromShareableHandle", &driver.cuMemImportFromShareableHandle},
+        {"cuMemGetAllocationPropertiesFromHandle", &driver.cuMemGetAllocationPropertiesFromHandle},
+        {"cuMemGetHandleForAddressRange", &driver.cuMemGetHandleForAddressRange},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *found = real_dlsym(library, wanted[i].name);
@@ -166,19 +206,9 @@ static void find_driver(void) {
             return;
         memcpy(wanted[i].place, &found, sizeof found);
     }
-    static const struct {
-        const char *name;
-        int version;
-    } asked[REPLACED] = {
-        {"cuInit", 2000},
-        {"cuMemAlloc", 3020},
-        {"cuMemFree", 3020},
-        {"cuGetProcAddress", 12000},
-        {"cuGetProcAddress", 11030},
-    };
     for (size_t i = 0; i < REPLACED; i++) {
         by_symbol[i] = real_dlsym(library, replaced[i].name);
-        if (driver.cuGetProcAddress(asked[i].name, &by_address[i], asked[i].version, 0, NULL) != CUDA_SUCCESS)
+        if (driver.cuGetProcAddress(replaced[i].asked, &by_address[i], replaced[i].version, 0, NULL) != CUDA_SUCCESS)
             by_address[i] = NULL;
     }
     is_there = true;
@@ -263,6 +293,8 @@ static void after_fork(void) {
     gate_after_fork();
     control_after_fork();
     memory_after_fork();
+    handles_after_fork();
+    mappings_after_fork();
 }
 
 __attribute__((constructor)) static void begin(void) {

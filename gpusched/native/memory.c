@@ -1,122 +1,78 @@
 /* Device memory that is made of the driver's virtual memory calls, so that its contents can leave and come back.
  *
- * Every piece is one physical allocation with a range of addresses of its own. The physical allocation may go; the
- * addresses stay reserved, so pointers, CUDA graphs and whatever else holds addresses stay right.
+ * Every piece is one physical allocation. It may go; the addresses at which it was mapped stay reserved, so pointers,
+ * CUDA graphs and whatever else holds addresses stay right. What cuMemAlloc is asked for gets a range of addresses of
+ * its own here; what a program makes and maps by itself is in the same table (handles.c, mappings.c).
  */
 #define _GNU_SOURCE
 #include "direct.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 struct table table = {0};
-/* Never held by a thread that waits at the gate: it is taken inside, where nobody is when the gate is closed. */
+static struct index addresses; /* of cuMemAlloc's */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-enum { GRANULARITY = 2 << 20, LEAST = 2 << 20 };
+enum { GRANULARITY = 2 << 20, LEAST = 2 << 20, HIGH_FD = 500 };
 
 /* -- the table ----------------------------------------------------------------------------------------------------- */
 
-/* Address -> 1 + place in the table; open addressing, at most half full. */
-static struct index {
-    uint32_t *slots;
-    size_t room, used; /* used: removed ones included */
-} index_;
-
-enum { REMOVED = UINT32_MAX };
-
-static size_t slot_of(CUdeviceptr address, size_t room) {
-    return (size_t)((address / GRANULARITY) * 0x9E3779B97F4A7C15ull >> 20) & (room - 1);
+void table_lock(void) {
+    pthread_mutex_lock(&lock);
 }
 
-static void *pages(size_t size) {
-    void *found = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return found == MAP_FAILED ? NULL : found;
+void table_unlock(void) {
+    pthread_mutex_unlock(&lock);
 }
 
-static void index_put(struct index *index, CUdeviceptr address, uint32_t place) {
-    size_t slot = slot_of(address, index->room);
-    while (index->slots[slot] != 0 && index->slots[slot] != REMOVED)
-        slot = (slot + 1) & (index->room - 1);
-    index->used += index->slots[slot] == 0;
-    index->slots[slot] = place + 1;
-}
-
-static bool make_room(void) {
-    if (table.count == table.room) {
-        size_t room = table.room ? table.room * 2 : 256;
-        struct memory *items = pages(room * sizeof *items);
-        if (items == NULL)
-            return false;
-        if (table.items != NULL) {
-            memcpy(items, table.items, table.count * sizeof *items);
-            munmap(table.items, table.room * sizeof *items);
-        }
-        table.items = items;
-        table.room = room;
+bool table_make_room(void) {
+    if (table.count < table.room)
+        return true;
+    size_t room = table.room ? table.room * 2 : 256;
+    struct memory *items = pages(room * sizeof *items);
+    if (items == NULL)
+        return false;
+    if (table.items != NULL) {
+        memcpy(items, table.items, table.count * sizeof *items);
+        munmap(table.items, table.room * sizeof *items);
     }
-    if (index_.used * 2 >= index_.room) {
-        struct index bigger = {.room = table.room * 4};
-        bigger.slots = pages(bigger.room * sizeof *bigger.slots);
-        if (bigger.slots == NULL)
-            return false;
-        for (size_t i = 0; i < table.count; i++)
-            if (table.items[i].address)
-                index_put(&bigger, table.items[i].address, (uint32_t)i);
-        if (index_.slots != NULL)
-            munmap(index_.slots, index_.room * sizeof *index_.slots);
-        index_ = bigger;
-    }
+    table.items = items;
+    table.room = room;
     return true;
-}
-
-static uint32_t *index_find(CUdeviceptr address) {
-    if (index_.room == 0)
-        return NULL;
-    for (size_t slot = slot_of(address, index_.room); index_.slots[slot] != 0;
-         slot = (slot + 1) & (index_.room - 1)) {
-        uint32_t at = index_.slots[slot];
-        if (at != REMOVED && table.items[at - 1].address == address)
-            return &index_.slots[slot];
-    }
-    return NULL;
 }
 
 static uint32_t first_free = 0; /* no free place below it */
 
-static void table_add(const struct memory *memory) {
+uint32_t table_add(const struct memory *memory) {
     uint32_t place = first_free;
-    while (place < table.count && table.items[place].address)
+    while (place < table.count && table.items[place].taken)
         place++;
     first_free = place + 1;
     table.items[place] = *memory;
+    table.items[place].taken = true;
+    table.foreign += memory->foreign;
     if (place == table.count)
         table.count++;
-    table.bytes += memory->size;
-    index_put(&index_, memory->address, place);
+    return place;
 }
 
-static void table_remove(uint32_t *slot) {
-    struct memory *memory = &table.items[*slot - 1];
-    table.bytes -= memory->size;
-    memory->address = 0;
-    if (*slot - 1 < first_free)
-        first_free = *slot - 1;
-    *slot = REMOVED;
+void table_remove(uint32_t place) {
+    table.foreign -= table.items[place].foreign;
+    table.items[place].taken = false;
+    if (place < first_free)
+        first_free = place;
 }
 
 /* -- making and ending --------------------------------------------------------------------------------------------- */
 
 CUresult memory_create(struct memory *memory) {
-    struct allocation_properties properties = {
-        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
-        .handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-        .location = {CU_MEM_LOCATION_TYPE_DEVICE, memory->device},
-    };
     driver.cuDeviceGetUuid(memory->gpu, memory->device); /* another one after a migration */
-    return driver.cuMemCreate(&memory->handle, memory->size, &properties, 0);
+    return driver.cuMemCreate(&memory->handle, memory->size, &memory->properties, 0);
 }
 
 CUresult memory_map(struct memory *memory) {
@@ -131,7 +87,7 @@ CUresult memory_map(struct memory *memory) {
     return result;
 }
 
-static bool is_possible(CUdevice device) {
+bool memory_is_possible(CUdevice device) {
     static _Atomic int known[64]; /* 1: yes, 2: no */
     if (device < 0 || device >= 64)
         return false;
@@ -147,12 +103,34 @@ static bool is_possible(CUdevice device) {
     return answer == 1;
 }
 
+static CUresult unmap(struct memory *memory) {
+    CUresult result = driver.cuMemUnmap(memory->address, memory->size);
+    if (result == CUDA_SUCCESS)
+        memory->mapped = false;
+    return result;
+}
+
+CUresult memory_release(struct memory *memory) {
+    CUresult result = memory->mapped ? unmap(memory) : CUDA_SUCCESS;
+    if (result != CUDA_SUCCESS || memory->handle == 0)
+        return result;
+    result = driver.cuMemRelease(memory->handle);
+    memory->handle = 0;
+    return result;
+}
+
 /* Everything but the entry in the table. False: nothing was made. */
 static bool make(struct memory *memory, size_t size) {
     *memory = (struct memory){.size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY, .fd = -1};
     if (memory->size < size || driver.cuCtxGetCurrent(&memory->context) != CUDA_SUCCESS || memory->context == NULL ||
-        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !is_possible(memory->device))
+        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !memory_is_possible(memory->device))
         return false;
+    memory->asked = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+    memory->properties = (struct allocation_properties){
+        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+        .handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        .location = {CU_MEM_LOCATION_TYPE_DEVICE, memory->device},
+    };
     if (memory_create(memory) != CUDA_SUCCESS)
         return false;
     if (driver.cuMemAddressReserve(&memory->address, memory->size, 0, 0, 0) == CUDA_SUCCESS) {
@@ -169,13 +147,13 @@ CUresult memory_alloc(CUdeviceptr *address, size_t size) {
     struct memory memory;
     if (address == NULL || size < LEAST || !make(&memory, size))
         return driver.cuMemAlloc(address, size);
-    pthread_mutex_lock(&lock);
-    bool known = make_room();
+    table_lock();
+    bool known = table_make_room() && index_make_room(&addresses);
     if (known)
-        table_add(&memory);
-    pthread_mutex_unlock(&lock);
+        index_put(&addresses, memory.address, table_add(&memory));
+    table_unlock();
     if (!known) {
-        memory_unmap(&memory);
+        memory_release(&memory);
         driver.cuMemAddressFree(memory.address, memory.size);
         return driver.cuMemAlloc(address, size);
     }
@@ -183,38 +161,66 @@ CUresult memory_alloc(CUdeviceptr *address, size_t size) {
     return CUDA_SUCCESS;
 }
 
+/* The address is nobody's any more. False: it is none of ours. The memory lives on where the program has asked for a
+ * handle of it; then there is nothing to release in what is `taken_out`. */
+static bool take_out(CUdeviceptr address, struct memory *taken_out) {
+    uint32_t place;
+    table_lock();
+    bool found = index_find(&addresses, address, &place);
+    if (found) {
+        struct memory *memory = &table.items[place];
+        *taken_out = *memory;
+        index_remove(&addresses, address);
+        memory->address = 0;
+        memory->mapped = false;
+        if (memory->references == 0 && memory->mappings == 0)
+            table_remove(place);
+        else
+            taken_out->handle = 0;
+    }
+    table_unlock();
+    return found;
+}
+
 CUresult memory_free(CUdeviceptr address) {
-    pthread_mutex_lock(&lock);
-    bool ours = index_find(address) != NULL;
-    pthread_mutex_unlock(&lock);
+    uint32_t place;
+    table_lock();
+    bool ours = index_find(&addresses, address, &place);
+    table_unlock();
     if (!ours)
         return driver.cuMemFree(address);
     /* As the driver's own free, which waits for what may still use the memory. */
     CUresult result = driver.cuCtxSynchronize();
     if (result != CUDA_SUCCESS)
         return result;
-    pthread_mutex_lock(&lock);
-    uint32_t *slot = index_find(address);
-    struct memory memory = {0};
-    if (slot != NULL) {
-        memory = table.items[*slot - 1];
-        table_remove(slot);
-    }
-    pthread_mutex_unlock(&lock);
-    if (slot == NULL)
+    struct memory memory;
+    if (!take_out(address, &memory))
         return CUDA_ERROR_INVALID_VALUE; /* freed twice at once */
-    result = memory_unmap(&memory);
+    result = memory_release(&memory);
     driver.cuMemAddressFree(memory.address, memory.size);
     return result;
 }
 
 /* -- while the gate is closed -------------------------------------------------------------------------------------- */
 
+bool memory_is_movable(const struct memory *memory) {
+    /* With something foreign there may be bindings that nobody told us of, of what can be named by a handle. */
+    const bool may_be_bound = table.foreign > 0 && (memory->address == 0 || memory->references > 0);
+    return memory->taken && !memory->left && !may_be_bound && memory->context != NULL;
+}
+
+size_t memory_movable_bytes(void) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < table.count; i++)
+        bytes += memory_is_movable(&table.items[i]) ? table.items[i].size : 0;
+    return bytes;
+}
+
 CUresult memory_synchronize(void) {
     CUcontext last = NULL;
     for (size_t i = 0; i < table.count; i++) {
         struct memory *memory = &table.items[i];
-        if (!memory->address || memory->context == last)
+        if (!memory->taken || memory->context == NULL || memory->context == last)
             continue;
         CUresult result = driver.cuCtxSetCurrent(memory->context);
         if (result == CUDA_SUCCESS)
@@ -226,6 +232,36 @@ CUresult memory_synchronize(void) {
     return CUDA_SUCCESS;
 }
 
+/* The soft limit of descriptors as it was before so many were needed. */
+static struct rlimit before;
+
+void memory_raise_limit(void) {
+    struct rlimit now;
+    if (before.rlim_max != 0 || getrlimit(RLIMIT_NOFILE, &now) != 0 || now.rlim_cur == now.rlim_max)
+        return;
+    before = now;
+    now.rlim_cur = now.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &now) != 0)
+        before = (struct rlimit){0};
+}
+
+static void lower_limit(void) {
+    struct rlimit now;
+    if (before.rlim_max != 0 && getrlimit(RLIMIT_NOFILE, &now) == 0 && now.rlim_cur == before.rlim_max &&
+        now.rlim_max == before.rlim_max)
+        setrlimit(RLIMIT_NOFILE, &before);
+    before = (struct rlimit){0};
+}
+
+int descriptor_move_up(int fd) {
+    int least = before.rlim_max != 0 && before.rlim_cur > HIGH_FD ? (int)before.rlim_cur : HIGH_FD;
+    int high = fcntl(fd, F_DUPFD_CLOEXEC, least);
+    if (high < 0)
+        return fd;
+    close(fd);
+    return high;
+}
+
 CUresult memory_export(struct memory *memory) {
     if (memory->fd >= 0)
         return CUDA_SUCCESS;
@@ -233,34 +269,52 @@ CUresult memory_export(struct memory *memory) {
     CUresult result =
         driver.cuMemExportToShareableHandle(&fd, memory->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
     if (result == CUDA_SUCCESS)
-        memory->fd = fd;
-    return result;
-}
-
-CUresult memory_unmap(struct memory *memory) {
-    CUresult result = driver.cuMemUnmap(memory->address, memory->size);
-    if (result != CUDA_SUCCESS)
-        return result;
-    memory->mapped = false;
-    result = driver.cuMemRelease(memory->handle);
-    memory->handle = 0;
+        memory->fd = descriptor_move_up(fd);
     return result;
 }
 
 void memory_drop_fd(struct memory *memory) {
-    if (memory->address && memory->fd >= 0)
+    if (memory->taken && memory->fd >= 0)
         close(memory->fd);
     memory->fd = -1;
+}
+
+void memory_drop_all(void) {
+    for (size_t i = 0; i < table.count; i++)
+        memory_drop_fd(&table.items[i]);
+    lower_limit();
+}
+
+static CUresult copy_in(struct memory *memory, CUdeviceptr address, const void *contents) {
+    struct access access = {{CU_MEM_LOCATION_TYPE_DEVICE, memory->device}, CU_MEM_ACCESS_READWRITE};
+    CUresult result = driver.cuMemMap(address, memory->size, 0, memory->handle, 0);
+    if (result != CUDA_SUCCESS)
+        return result;
+    result = driver.cuMemSetAccess(address, memory->size, &access, 1);
+    if (result == CUDA_SUCCESS)
+        result = driver.cuMemcpyHtoD(address, contents, memory->size);
+    driver.cuMemUnmap(address, memory->size);
+    return result;
+}
+
+/* Where the program has mapped it, that may be a part of it, or not to be written to: so not there. */
+CUresult memory_fill(struct memory *memory, const void *contents) {
+    if (memory->address != 0)
+        return driver.cuMemcpyHtoD(memory->address, contents, memory->size);
+    CUdeviceptr address;
+    CUresult result = driver.cuMemAddressReserve(&address, memory->size, 0, 0, 0);
+    if (result == CUDA_SUCCESS) {
+        result = copy_in(memory, address, contents);
+        driver.cuMemAddressFree(address, memory->size);
+    }
+    return result;
 }
 
 /* CUDA does not survive a fork: what the child has in its table is not its own. */
 void memory_after_fork(void) {
     pthread_mutex_init(&lock, NULL);
-    for (size_t i = 0; i < table.count; i++)
-        memory_drop_fd(&table.items[i]);
-    table.count = table.bytes = 0;
+    memory_drop_all();
+    table.count = table.foreign = 0;
     first_free = 0;
-    if (index_.slots != NULL)
-        memset(index_.slots, 0, index_.room * sizeof *index_.slots);
-    index_.used = 0;
+    index_clear(&addresses);
 }

@@ -138,75 +138,89 @@ static CUresult do_free(Ptr address) {
 }
 API CUresult cuMemFree_v2(Ptr address) { return CALL(do_free(address)); }
 
-/* A handle is the number of a memory file, plus one. */
-struct properties { int type, handle_types, location, device; };
+/* Of physical memory, the handle is the number of its memory file, plus one: numbers that soon come again. It lives as
+ * long as a handle or a mapping of it. */
+enum { LARGE_PAGE = 2 << 20, MOST_FILES = 1 << 16, POSIX = 1, DEVICES = 2 };
+struct location { int type, id; };
+struct properties {
+    int type, handle_types;
+    struct location location;
+    void *metadata;
+    unsigned char compression, rdma;
+    unsigned short usage;
+    unsigned char reserved[4];
+};
+static struct physical {
+    size_t size;
+    int references, mappings;
+    bool imported;
+    struct properties properties;
+} physical[MOST_FILES];
+static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
+#define MEMORY_CALL(body) (enter(), leave((pthread_mutex_lock(&memory_lock), unlocked(body))))
+static CUresult unlocked(CUresult result) {
+    pthread_mutex_unlock(&memory_lock);
+    return result;
+}
+
+static struct physical *physical_of(unsigned long long handle) {
+    return handle > 0 && handle <= MOST_FILES && physical[handle - 1].references > 0 ? &physical[handle - 1] : NULL;
+}
+static void let_go(struct physical *memory) {
+    if (memory->references > 0 || memory->mappings > 0)
+        return;
+    used -= memory->size;
+    close((int)(memory - physical));
+}
+
 static CUresult do_create(unsigned long long *handle, size_t size, const struct properties *p) {
-    if (size % (2 << 20) || p->handle_types != 1)
+    const bool on_device = p->location.type == 1 && p->location.id >= 0 && p->location.id < DEVICES;
+    if (size == 0 || size % LARGE_PAGE || p->type != 1 || (!on_device && (p->location.type != 2 || p->handle_types)))
         return INVALID;
+    if (p->handle_types & ~POSIX)
+        return NOT_SUPPORTED;
     if (used + size > capacity())
         return OOM;
     int fd = memfd_create("standin-vram", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, (off_t)size) != 0)
+    if (fd < 0 || fd >= MOST_FILES || ftruncate(fd, (off_t)size) != 0)
         return OOM;
     used += size;
+    physical[fd] = (struct physical){.size = size, .references = 1, .properties = *p};
     *handle = (unsigned long long)fd + 1;
     return OK;
 }
-API CUresult cuMemCreate(unsigned long long *handle, size_t size, const void *p, unsigned long long flags) {
+API CUresult cuMemCreate(unsigned long long *handle, size_t size, const struct properties *p, unsigned long long flags) {
     (void)flags;
-    return CALL(do_create(handle, size, p));
+    return MEMORY_CALL(do_create(handle, size, p));
 }
 static CUresult do_release(unsigned long long handle) {
-    struct stat about;
-    if (fstat((int)handle - 1, &about) != 0)
+    struct physical *memory = physical_of(handle);
+    if (memory == NULL)
         return INVALID;
-    used -= (size_t)about.st_size;
-    close((int)handle - 1);
+    memory->references--;
+    let_go(memory);
     return OK;
 }
-API CUresult cuMemRelease(unsigned long long handle) { return CALL(do_release(handle)); }
-static CUresult do_reserve(Ptr *address, size_t size) {
-    const size_t align = 2 << 20;
-    char *found = mmap(NULL, size + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (found == MAP_FAILED)
-        return OOM;
-    char *begin = (char *)(((uintptr_t)found + align - 1) & ~(align - 1));
-    if (begin > found)
-        munmap(found, (size_t)(begin - found));
-    if (found + align > begin)
-        munmap(begin + size, (size_t)(found + align - begin));
-    *address = (Ptr)begin;
-    return OK;
+API CUresult cuMemRelease(unsigned long long handle) { return MEMORY_CALL(do_release(handle)); }
+static CUresult do_properties(struct properties *p, unsigned long long handle) {
+    const struct physical *memory = physical_of(handle);
+    if (memory != NULL)
+        *p = memory->properties;
+    return memory != NULL ? OK : INVALID;
 }
-API CUresult cuMemAddressReserve(Ptr *address, size_t size, size_t align, Ptr wish, unsigned long long flags) {
-    (void)align, (void)wish, (void)flags;
-    return CALL(do_reserve(address, size));
+API CUresult cuMemGetAllocationPropertiesFromHandle(struct properties *p, unsigned long long handle) {
+    return MEMORY_CALL(do_properties(p, handle));
 }
-API CUresult cuMemAddressFree(Ptr address, size_t size) { return CALL(munmap((void *)address, size) ? INVALID : OK); }
-static CUresult do_map(Ptr address, size_t size, int fd, int protection) {
-    struct stat about;
-    if (fstat(fd, &about) != 0 || (size_t)about.st_size != size)
+static CUresult do_export(int *fd, unsigned long long handle, int type) {
+    const struct physical *memory = physical_of(handle);
+    if (memory == NULL || memory->imported || type != POSIX || !(memory->properties.handle_types & POSIX))
         return INVALID;
-    return mmap((void *)address, size, protection, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED ? INVALID : OK;
-}
-API CUresult cuMemMap(Ptr address, size_t size, size_t offset, unsigned long long handle, unsigned long long flags) {
-    (void)offset, (void)flags;
-    return CALL(do_map(address, size, (int)handle - 1, PROT_NONE));
-}
-API CUresult cuMemUnmap(Ptr address, size_t size) {
-    return CALL(mmap((void *)address, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) ==
-                        MAP_FAILED
-                    ? INVALID
-                    : OK);
-}
-API CUresult cuMemSetAccess(Ptr address, size_t size, const void *access, size_t count) {
-    (void)access, (void)count;
-    return CALL(mprotect((void *)address, size, PROT_READ | PROT_WRITE) ? INVALID : OK);
+    *fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 0);
+    return *fd < 0 ? OOM : OK;
 }
 API CUresult cuMemExportToShareableHandle(void *fd, unsigned long long handle, int type, unsigned long long flags) {
-    (void)type, (void)flags;
-    *(int *)fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 0);
-    return CALL(*(int *)fd < 0 ? INVALID : OK);
+    (void)flags;
+    return MEMORY_CALL(do_export(fd, handle, type));
 }
 static CUresult do_import(unsigned long long *handle, int fd) {
     char link[64], name[64] = {0};
@@ -215,14 +229,161 @@ static CUresult do_import(unsigned long long *handle, int fd) {
         return INVALID; /* as the driver: no memory of its own */
     struct stat about;
     fstat(fd, &about);
+    int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (own < 0 || own >= MOST_FILES)
+        return OOM;
     used += (size_t)about.st_size;
-    *handle = (unsigned long long)fcntl(fd, F_DUPFD_CLOEXEC, 0) + 1;
+    physical[own] = (struct physical){.size = (size_t)about.st_size, .references = 1, .imported = true};
+    *handle = (unsigned long long)own + 1;
     return OK;
 }
 API CUresult cuMemImportFromShareableHandle(unsigned long long *handle, void *fd, int type) {
     (void)type;
-    return CALL(do_import(handle, (int)(intptr_t)fd));
+    return MEMORY_CALL(do_import(handle, (int)(intptr_t)fd));
 }
+
+/* -- virtual memory: reservations, and mappings in them ------------------------------------------------------------ */
+
+static struct range { Ptr address; size_t size; } reserved[MOST_FILES];
+static struct mapping {
+    Ptr address;
+    size_t size;
+    struct physical *memory;
+    int access[DEVICES];
+} mapped[MOST_FILES];
+static size_t reservations, mappings;
+
+static CUresult do_reserve(Ptr *address, size_t size) {
+    const size_t align = LARGE_PAGE;
+    char *found = mmap(NULL, size + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED || reservations == MOST_FILES)
+        return OOM;
+    char *begin = (char *)(((uintptr_t)found + align - 1) & ~(align - 1));
+    if (begin > found)
+        munmap(found, (size_t)(begin - found));
+    if (found + align > begin)
+        munmap(begin + size, (size_t)(found + align - begin));
+    *address = (Ptr)begin;
+    reserved[reservations++] = (struct range){*address, size};
+    return OK;
+}
+API CUresult cuMemAddressReserve(Ptr *address, size_t size, size_t align, Ptr wish, unsigned long long flags) {
+    (void)align, (void)wish, (void)flags;
+    return MEMORY_CALL(do_reserve(address, size));
+}
+/* The reservation that all of a range is in. */
+static struct range *reservation_of(Ptr address, size_t size) {
+    for (size_t i = 0; i < reservations; i++)
+        if (reserved[i].address <= address && address + size <= reserved[i].address + reserved[i].size)
+            return &reserved[i];
+    return NULL;
+}
+static bool overlaps(const struct mapping *mapping, Ptr address, size_t size) {
+    return mapping->address < address + size && address < mapping->address + mapping->size;
+}
+/* How much of a range is mapped, by mappings that lie in it as a whole; a part of one counts for more than there is. */
+static size_t whole_bytes(Ptr address, size_t size) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < mappings; i++)
+        if (overlaps(&mapped[i], address, size)) {
+            bool whole = mapped[i].address >= address && mapped[i].address + mapped[i].size <= address + size;
+            bytes += whole ? mapped[i].size : size + 1;
+        }
+    return bytes;
+}
+static CUresult do_address_free(Ptr address, size_t size) {
+    struct range *range = reservation_of(address, size);
+    if (range == NULL || range->address != address || range->size != size || whole_bytes(address, size) != 0)
+        return INVALID;
+    *range = reserved[--reservations];
+    return munmap((void *)address, size) ? INVALID : OK;
+}
+API CUresult cuMemAddressFree(Ptr address, size_t size) { return MEMORY_CALL(do_address_free(address, size)); }
+static CUresult do_map(Ptr address, size_t size, size_t offset, unsigned long long handle) {
+    struct physical *memory = physical_of(handle);
+    if (memory == NULL || size == 0 || size % LARGE_PAGE || offset % LARGE_PAGE || offset + size > memory->size ||
+        reservation_of(address, size) == NULL || whole_bytes(address, size) != 0 || mappings == MOST_FILES)
+        return INVALID;
+    if (mmap((void *)address, size, PROT_NONE, MAP_SHARED | MAP_FIXED, (int)handle - 1, (off_t)offset) == MAP_FAILED)
+        return INVALID;
+    memory->mappings++;
+    mapped[mappings++] = (struct mapping){.address = address, .size = size, .memory = memory};
+    return OK;
+}
+API CUresult cuMemMap(Ptr address, size_t size, size_t offset, unsigned long long handle, unsigned long long flags) {
+    (void)flags;
+    return MEMORY_CALL(do_map(address, size, offset, handle));
+}
+static CUresult do_unmap(Ptr address, size_t size) {
+    if (whole_bytes(address, size) != size)
+        return INVALID;
+    for (size_t i = mappings; i-- > 0;)
+        if (overlaps(&mapped[i], address, size)) {
+            struct physical *memory = mapped[i].memory;
+            mapped[i] = mapped[--mappings];
+            memory->mappings--;
+            let_go(memory);
+        }
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+    return mmap((void *)address, size, PROT_NONE, flags, -1, 0) == MAP_FAILED ? INVALID : OK;
+}
+API CUresult cuMemUnmap(Ptr address, size_t size) { return MEMORY_CALL(do_unmap(address, size)); }
+struct access { struct location location; int flags; };
+static CUresult do_access(Ptr address, size_t size, const struct access *access, size_t count) {
+    if (whole_bytes(address, size) != size || reservation_of(address, size) == NULL)
+        return INVALID;
+    for (size_t k = 0; k < count; k++) {
+        const struct access *wish = &access[k];
+        if (wish->location.type != 1 || wish->location.id < 0 || wish->location.id >= DEVICES)
+            return INVALID;
+        for (size_t i = 0; i < mappings; i++)
+            if (overlaps(&mapped[i], address, size))
+                mapped[i].access[wish->location.id] = wish->flags;
+        if (wish->location.id == 0)
+            mprotect((void *)address, size, (wish->flags & 1 ? PROT_READ : 0) | (wish->flags & 2 ? PROT_WRITE : 0));
+    }
+    return OK;
+}
+API CUresult cuMemSetAccess(Ptr address, size_t size, const struct access *access, size_t count) {
+    return MEMORY_CALL(do_access(address, size, access, count));
+}
+static const struct mapping *mapping_at(Ptr address) {
+    for (size_t i = 0; i < mappings; i++)
+        if (overlaps(&mapped[i], address, 1))
+            return &mapped[i];
+    return NULL;
+}
+static CUresult do_get_access(unsigned long long *flags, const struct location *location, Ptr address) {
+    const struct mapping *found = mapping_at(address);
+    if (found != NULL)
+        *flags = (unsigned long long)found->access[location->id];
+    return found != NULL ? OK : INVALID;
+}
+API CUresult cuMemGetAccess(unsigned long long *flags, const struct location *location, Ptr address) {
+    return MEMORY_CALL(do_get_access(flags, location, address));
+}
+static CUresult do_retain(unsigned long long *handle, Ptr address) {
+    const struct mapping *found = mapping_at(address);
+    if (found == NULL)
+        return INVALID;
+    found->memory->references++;
+    *handle = (unsigned long long)(found->memory - physical) + 1;
+    return OK;
+}
+API CUresult cuMemRetainAllocationHandle(unsigned long long *handle, void *address) {
+    return MEMORY_CALL(do_retain(handle, (Ptr)address));
+}
+API CUresult cuMemGetHandleForAddressRange(void *fd, Ptr address, size_t size, int type, unsigned long long flags) {
+    (void)address, (void)size, (void)type, (void)flags;
+    *(int *)fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    return CALL(OK);
+}
+/* Of memory of its own making alone, as the driver. */
+API CUresult cuIpcGetMemHandle(void *handle, Ptr address) {
+    memset(handle, 0, 64);
+    return MEMORY_CALL(mapping_at(address) == NULL ? OK : INVALID);
+}
+
 API CUresult cuMemHostRegister_v2(void *address, size_t size, unsigned flags) {
     (void)address, (void)size, (void)flags;
     return CALL(OK);

@@ -70,7 +70,7 @@ class Mover:
         self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
         self._streams = [self._call("cuStreamCreate", 1) for _ in range(_STREAMS)]
         self._chunks: dict[str, tuple[int, int]] = {}
-        self._mapped: list[tuple[int, int, Any]] = []  # address, bytes, handle
+        self._mapped: list[tuple[int, list[tuple[int, Any]]]] = []  # address; bytes, handle
         self._taken: list[tuple[int, list[Slice]]] = []  # address, where its contents are
         self._staged: dict[tuple[str, int], tuple[int, int]] = {}  # chunk, offset -> address, bytes
         self._stage = 0
@@ -158,21 +158,30 @@ class Mover:
     def _take(self, pieces: list[list[Slice]], fds: list[int]) -> None:
         if len(pieces) != len(fds):
             raise Failure(f"{len(pieces)} pieces and {len(fds)} descriptors")
-        for parts, fd in zip(pieces, fds, strict=True):
-            self._taken.append((self._map(fd, sum(size for _, _, size in parts)), parts))
+        sizes = [sum(size for _, _, size in parts) for parts in pieces]
+        address = self._map(fds, sizes)
+        for parts, size in zip(pieces, sizes, strict=True):
+            self._taken.append((address, parts))
+            address += size
 
     def _go(self, *, out: bool) -> None:
         if self._staged:
             self._synchronize()
+        bare: list[tuple[int, int, int]] = []  # device, host, bytes
         for address, parts in self._taken:
             device = address
             for chunk, offset, size in parts:
                 staged, there = self._staged.get((chunk, offset), (0, 0))
+                host = self._host(chunk, offset, size)
                 if there == size and not out:
                     self._call("cuMemcpyDtoDAsync", device, staged, size, self._streams[0])
+                elif bare and (sum(bare[-1][::2]), sum(bare[-1][1:])) == (device, host):
+                    bare[-1] = (*bare[-1][:2], bare[-1][2] + size)  # goes on where the last ends
                 else:
-                    self._transfer(device, self._host(chunk, offset, size), size, out=out)
+                    bare.append((device, host, size))
                 device += size
+        for device, host, size in bare:
+            self._transfer(device, host, size, out=out)
         self._taken.clear()
 
     def _host(self, chunk: str, offset: int, size: int) -> int:
@@ -190,31 +199,43 @@ class Mover:
             else:
                 self._call("cuMemcpyHtoDAsync", device + begin, host + begin, length, stream)
 
-    def _map(self, fd: int, size: int) -> int:
-        """A descriptor that is no such memory, or not as large as was said, is an error of the driver's."""
+    def _map(self, fds: list[int], sizes: list[int]) -> int:
+        """Side by side, so that access is set once for all of them, which takes the time, and copies may be long.
+
+        A descriptor that is no such memory, or not as large as was said, is an error of the driver's.
+        """
         cuda = self._cuda
         kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        handle = self._call("cuMemImportFromShareableHandle", fd, kind)
-        address = 0
+        total, address, end = sum(sizes), 0, 0
+        parts: list[tuple[int, Any]] = []
         try:
-            address = int(self._call("cuMemAddressReserve", size, 0, 0, 0))
-            self._call("cuMemMap", address, size, 0, handle, 0)
+            for fd, size in zip(fds, sizes, strict=True):
+                parts.append((size, self._call("cuMemImportFromShareableHandle", fd, kind)))
+            address = end = int(self._call("cuMemAddressReserve", total, 0, 0, 0))
+            for size, handle in parts:
+                self._call("cuMemMap", end, size, 0, handle, 0)
+                end += size
             access = cuda.CUmemAccessDesc()
             access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
             access.location.id = int(self._device)
             access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-            try:
-                self._call("cuMemSetAccess", address, size, [access], 1)
-            except Failure:
-                cuda.cuMemUnmap(address, size)
-                raise
+            self._call("cuMemSetAccess", address, total, [access], 1)
         except Failure:
-            if address:
-                cuda.cuMemAddressFree(address, size)
-            cuda.cuMemRelease(handle)
+            self._unmap(address, parts, end)
             raise
-        self._mapped.append((address, size, handle))
+        self._mapped.append((address, parts))
         return address
+
+    def _unmap(self, address: int, parts: list[tuple[int, Any]], end: int) -> None:
+        """``end``: of what is mapped."""
+        here = address
+        for size, handle in parts:
+            if here < end:
+                self._cuda.cuMemUnmap(here, size)
+            here += size
+            self._cuda.cuMemRelease(handle)
+        if address:
+            self._cuda.cuMemAddressFree(address, sum(size for size, _ in parts))
 
     def abandon(self) -> None:
         """After a failure: nothing of what was begun is held any more."""
@@ -235,10 +256,8 @@ class Mover:
                 self._cuda.cuMemFree(self._stage)
                 self._stage = 0
             mapped, self._mapped = self._mapped, []
-            for address, size, handle in mapped:
-                self._cuda.cuMemUnmap(address, size)
-                self._cuda.cuMemAddressFree(address, size)
-                self._cuda.cuMemRelease(handle)
+            for address, parts in mapped:
+                self._unmap(address, parts, address + sum(size for size, _ in parts))
 
 
 def _populate(area: tuple[int, int]) -> int:

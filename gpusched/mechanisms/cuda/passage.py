@@ -60,23 +60,27 @@ class Passage:
     def take_out(self, target: Target, phases: Phases, *, deep: bool) -> None:
         """From a closed gate to parked. ``deep``: and the driver's checkpoint of the rest, beside the copy.
 
-        Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it.
+        Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it. A
+        process that may not have a descriptor for each piece cannot hold it: then the copy comes before the rest.
         """
         try:
             pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
             snapshot = self._pool.take(target.pid, start_ticks(target.pid), pieces)
         except (errors.GpuschedError, OSError, Refused) as error:
             raise NotBegun from error
+        at_once = deep and target.can_hold(len(pieces))
         with contextlib.ExitStack() as jobs:
             try:
                 with phases.time("prepare"):
                     movers = self._begin_jobs(jobs, snapshot, snapshot.by_gpu())
                 with phases.time("export"):
-                    # With the context's checkpoint to come, mapping goes first, which is slow beside a copy; without,
-                    # the copy begins with the first pieces.
-                    _hand_over(target.export(), snapshot.by_gpu(), movers, and_go=not deep)
+                    # With the context's checkpoint beside the copy, mapping goes first, which is slow beside a copy;
+                    # without, the copy begins with the first pieces.
+                    _hand_over(
+                        target.export(keep=at_once), snapshot.by_gpu(), movers, and_go=not at_once
+                    )
                     _go(movers, out=True)
-                if not deep:
+                if not at_once:
                     self._finish_copy(snapshot, movers, phases)
             except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
                 self._pool.release(target.pid, snapshot.start_ticks)
@@ -87,14 +91,19 @@ class Passage:
             with phases.time("unmap"):
                 target.park()
             phases.path = "direct"
-            if deep:
+            if at_once:
                 with ThreadPoolExecutor(1, "copy") as thread:
                     copying = thread.submit(self._finish_copy, snapshot, movers, phases)
-                    with phases.time("context"):
-                        self._driver.lock(target.pid, LOCK_S)
-                        self._driver.checkpoint(target.pid)
+                    self._checkpoint_context(target.pid, phases)
                     copying.result()
             target.drop()
+            if deep and not at_once:
+                self._checkpoint_context(target.pid, phases)
+
+    def _checkpoint_context(self, pid: int, phases: Phases) -> None:
+        with phases.time("context"):
+            self._driver.lock(pid, LOCK_S)
+            self._driver.checkpoint(pid)
 
     def deepen(self, target: Target, phases: Phases) -> None:
         """Of a parked process, the driver's checkpoint of what is left on the GPU.

@@ -15,6 +15,7 @@ import errno
 import itertools
 import mmap
 import os
+import resource
 import socket
 import struct
 import time
@@ -47,6 +48,8 @@ _NOT_OURS: Final = {errno.ENOENT, errno.ESRCH, errno.EPERM, errno.EACCES, errno.
 #: For an answer that needs nothing of the driver.
 _LOOK_S: Final = 5.0
 _GRANULARITY: Final = 2 << 20
+#: Descriptors that are left to the program while it holds its memory by them.
+_SPARE_FDS: Final = 128
 _PIDFD_GETFD: Final = 438  # the same number on x86-64 and arm64
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_writev.restype = ctypes.c_ssize_t
@@ -186,9 +189,21 @@ class Target:
         """All that can be moved. Raises Refused, TimeoutError."""
         return [piece for batch, _ in self._all(Operation.LIST, _LOOK_S) for piece in batch]
 
-    def export(self) -> Iterator[tuple[list[Piece], list[int]]]:
-        """The memory itself, some pieces at a time, each as a descriptor that the caller closes."""
-        return self._all(Operation.EXPORT, 10.0)
+    def can_hold(self, count: int) -> bool:
+        """Whether it may have so many descriptors more."""
+        try:
+            _, most = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+            there = len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - the names alone
+        except OSError:
+            return False
+        return there + count + _SPARE_FDS <= most
+
+    def export(self, *, keep: bool) -> Iterator[tuple[list[Piece], list[int]]]:
+        """The memory itself, some pieces at a time, each as a descriptor that the caller closes.
+
+        ``keep``: the process keeps all of them too, until it is told to ``drop``.
+        """
+        return self._all(Operation.EXPORT, 10.0, argument=int(not keep))
 
     def held(self) -> Iterator[tuple[list[Piece], list[int]]]:
         """As ``export``, from what the process still holds; no descriptors for a batch that it does not."""
@@ -253,11 +268,13 @@ class Target:
         struct.pack_into("<I", self._page, _CANCEL_OFFSET, value)
 
     def _all(
-        self, operation: Operation, timeout_s: float
+        self, operation: Operation, timeout_s: float, *, argument: int = 0
     ) -> Iterator[tuple[list[Piece], list[int]]]:
         first = 0
         while True:
-            pieces, fds, following, total = self._ask(operation, timeout_s, first=first)
+            pieces, fds, following, total = self._ask(
+                operation, timeout_s, argument=argument, first=first
+            )
             if pieces:
                 yield pieces, fds
             if following >= total:

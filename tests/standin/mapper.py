@@ -1,0 +1,337 @@
+"""Makes, maps and shares physical memory by itself, without pause, and checks all of it; see ``test_direct_mapped.py``.
+
+mapper.py KIND [PIECES [SEED]]      prints "ready", then "step N"; "WRONG ..." and exit status 3 where it is not right
+
+    random      every call that there is, at random: several mappings of one piece, parts, handles released and retained
+    many        so many small pieces, side by side in one range, each written in every step
+    exporting   as many; the first one is shared with another process, which is the program itself
+    importing   as many; and has memory of somebody else mapped, which is its own
+    forking     as many; with a child that does nothing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import sys
+import time
+from ctypes import byref, c_int, c_size_t, c_uint64, c_ulonglong, c_void_p
+from typing import Any
+
+PAGE = 2 << 20
+READ, WRITE = 1, 3
+MOST_PIECES, MOST_BYTES = 12, 3 * PAGE
+cuda = ctypes.CDLL("libcuda.so.1")
+
+
+class Location(ctypes.Structure):
+    _fields_ = (("type", c_int), ("id", c_int))
+
+
+class Properties(ctypes.Structure):
+    _fields_ = (
+        ("type", c_int),
+        ("handle_types", c_int),
+        ("location", Location),
+        ("metadata", c_void_p),
+        ("compression", ctypes.c_ubyte),
+        ("rdma", ctypes.c_ubyte),
+        ("usage", ctypes.c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    )
+
+
+class Access(ctypes.Structure):
+    _fields_ = (("location", Location), ("flags", c_int))
+
+
+def fail(*what: object) -> None:
+    print("WRONG", *what, flush=True)
+    os._exit(3)
+
+
+def call(name: str, *arguments: Any) -> None:
+    result = getattr(cuda, name)(*arguments)
+    if result:
+        fail(name, "result", result)
+
+
+def create(size: int, *, handle_types: int = 0, rdma: int = 0) -> int:
+    handle = c_ulonglong()
+    wish = Properties(1, handle_types, Location(1, 0), None, 0, rdma)
+    call("cuMemCreate", byref(handle), c_size_t(size), byref(wish), c_ulonglong(0))
+    return handle.value
+
+
+def reserve(size: int) -> int:
+    address = c_ulonglong()
+    call(
+        "cuMemAddressReserve",
+        byref(address),
+        c_size_t(size),
+        c_size_t(0),
+        c_ulonglong(0),
+        c_ulonglong(0),
+    )
+    return address.value
+
+
+def map_(address: int, size: int, offset: int, handle: int) -> None:
+    arguments = c_ulonglong(address), c_size_t(size), c_size_t(offset), c_ulonglong(handle)
+    call("cuMemMap", *arguments, c_ulonglong(0))
+
+
+def unmap(address: int, size: int) -> None:
+    call("cuMemUnmap", c_ulonglong(address), c_size_t(size))
+
+
+def release(handle: int) -> None:
+    call("cuMemRelease", c_ulonglong(handle))
+
+
+def allow(address: int, size: int, flags: int, device: int = 0) -> None:
+    access = Access(Location(1, device), flags)
+    call("cuMemSetAccess", c_ulonglong(address), c_size_t(size), byref(access), c_size_t(1))
+
+
+def allowed(address: int, device: int = 0) -> int:
+    flags = c_ulonglong(99)
+    call("cuMemGetAccess", byref(flags), byref(Location(1, device)), c_ulonglong(address))
+    return flags.value
+
+
+def write(address: int, value: int) -> None:
+    data = c_uint64(value)
+    call("cuMemcpyHtoDAsync_v2", c_ulonglong(address), byref(data), c_size_t(8), None)
+
+
+def read(address: int) -> int:
+    data = c_uint64()
+    call("cuMemcpyDtoHAsync_v2", byref(data), c_ulonglong(address), c_size_t(8), None)
+    return data.value
+
+
+class Mapping:
+    def __init__(self, piece: Piece, address: int, size: int, offset: int) -> None:
+        self.piece, self.address, self.size, self.offset = piece, address, size, offset
+        self.flags = [0, 0]
+
+
+class Piece:
+    """What one allocation should be: the value at the beginning of each of its pages, and who refers to it."""
+
+    def __init__(self, size: int, rdma: int) -> None:
+        self.handle, self.rdma = create(size, rdma=rdma), rdma
+        self.references, self.values = 1, [0] * (size // PAGE)
+        self.mappings: list[Mapping] = []
+
+
+class Random:
+    """A model of what there is, and the calls that change it."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.pieces: list[Piece] = []
+        self.range, self.free = reserve(64 * PAGE), set(range(64))
+
+    def step(self) -> None:
+        steps = [self.make, self.map, self.unmap, self.allow, self.release, self.retain, self.write]
+        self.rng.choice([*steps, self.map, self.allow, self.write, self.write])()
+        self.pieces = [piece for piece in self.pieces if piece.references or piece.mappings]
+
+    def make(self) -> None:
+        if len(self.pieces) < MOST_PIECES:
+            size = self.rng.randrange(PAGE, MOST_BYTES + 1, PAGE)
+            self.pieces.append(Piece(size, self.rng.randrange(2)))
+
+    def a_piece(self, *, named: bool) -> Piece | None:
+        found = [p for p in self.pieces if bool(p.references) or not named]
+        return self.rng.choice(found) if found else None
+
+    def a_mapping(self) -> Mapping | None:
+        found = [m for piece in self.pieces for m in piece.mappings]
+        return self.rng.choice(found) if found else None
+
+    def map(self) -> None:
+        piece = self.a_piece(named=True)
+        if piece is None:
+            return
+        first = self.rng.randrange(len(piece.values))
+        pages = self.rng.randint(1, len(piece.values) - first)
+        places = [p for p in self.free if self.free >= set(range(p, p + pages))]
+        if places:
+            place = self.rng.choice(places)
+            self.free -= set(range(place, place + pages))
+            mapping = Mapping(piece, self.range + place * PAGE, pages * PAGE, first * PAGE)
+            map_(mapping.address, mapping.size, mapping.offset, piece.handle)
+            piece.mappings.append(mapping)
+
+    def unmap(self) -> None:
+        mapping = self.a_mapping()
+        if mapping is not None:
+            unmap(mapping.address, mapping.size)
+            place = (mapping.address - self.range) // PAGE
+            self.free |= set(range(place, place + mapping.size // PAGE))
+            mapping.piece.mappings.remove(mapping)
+
+    def allow(self) -> None:
+        """For one mapping, or for two neighbours at once."""
+        first = self.a_mapping()
+        if first is None:
+            return
+        found = [
+            m for p in self.pieces for m in p.mappings if m.address == first.address + first.size
+        ]
+        flags, device = self.rng.choice((0, READ, WRITE, WRITE, WRITE)), self.rng.choice((0, 0, 1))
+        allow(first.address, first.size + sum(m.size for m in found), flags, device)
+        for mapping in (first, *found):
+            mapping.flags[device] = flags
+
+    def release(self) -> None:
+        """But never all of them: there is something to move at any time."""
+        piece = self.a_piece(named=True)
+        if piece is not None and (piece is not self.pieces[0] or piece.references > 1):
+            release(piece.handle)
+            piece.references -= 1
+
+    def retain(self) -> None:
+        mapping = self.a_mapping()
+        if mapping is None:
+            return
+        handle = c_ulonglong()
+        call(
+            "cuMemRetainAllocationHandle",
+            byref(handle),
+            c_void_p(mapping.address + mapping.size - 8),
+        )
+        piece = mapping.piece
+        if piece.references and handle.value != piece.handle:
+            fail("handle", piece.handle, handle.value)
+        piece.handle = handle.value
+        piece.references += 1
+
+    def write(self) -> None:
+        mapping = self.a_mapping()
+        if mapping is not None and mapping.flags[0] == WRITE:
+            page = self.rng.randrange(mapping.size // PAGE)
+            value = self.rng.randrange(1 << 62)
+            write(mapping.address + page * PAGE, value)
+            mapping.piece.values[mapping.offset // PAGE + page] = value
+
+    def check(self) -> None:
+        names = [piece.handle for piece in self.pieces if piece.references]
+        if len(names) != len(set(names)):
+            fail("two of one name", names)
+        for piece in self.pieces:
+            if piece.references:
+                self._check_properties(piece)
+            for mapping in piece.mappings:
+                self._check_mapping(mapping)
+
+    def _check_properties(self, piece: Piece) -> None:
+        found = Properties()
+        call("cuMemGetAllocationPropertiesFromHandle", byref(found), c_ulonglong(piece.handle))
+        if (found.handle_types, found.rdma) != (0, piece.rdma):
+            fail("properties", found.handle_types, found.rdma)
+
+    def _check_mapping(self, mapping: Mapping) -> None:
+        for device in (0, 1):
+            if allowed(mapping.address, device) != mapping.flags[device]:
+                fail("access of", device, allowed(mapping.address, device), mapping.flags[device])
+        for page in range(mapping.size // PAGE if mapping.flags[0] else 0):
+            found = read(mapping.address + page * PAGE)
+            if found != mapping.piece.values[mapping.offset // PAGE + page]:
+                fail("contents", found, "at page", page)
+
+
+class Many:
+    """So many pieces of one page each, as an allocator makes them that grows its segments."""
+
+    def __init__(self, count: int, handle_types: int = 0) -> None:
+        self.count, self.begin = count, reserve(count * PAGE)
+        self.handles = [create(PAGE, handle_types=handle_types) for _ in range(count)]
+        for number, handle in enumerate(self.handles):
+            map_(self.begin + number * PAGE, PAGE, 0, handle)
+        allow(self.begin, count * PAGE, WRITE)
+        self.number = 0
+
+    def step(self) -> None:
+        for page in range(self.count):
+            write(self.begin + page * PAGE, self.number << 20 | page)
+        for page in range(self.count):
+            if read(self.begin + page * PAGE) != self.number << 20 | page:
+                fail("contents of", page, "at step", self.number)
+        self.number += 1
+
+    def check(self) -> None:
+        pass
+
+
+def exported(handle: int) -> int:
+    fd = c_int(-1)
+    call("cuMemExportToShareableHandle", byref(fd), c_ulonglong(handle), 1, c_ulonglong(0))
+    return fd.value
+
+
+class Exporting(Many):
+    def __init__(self, count: int) -> None:
+        super().__init__(count, handle_types=1)
+        self.fd = exported(self.handles[0])
+
+    def check(self) -> None:
+        """Whoever has the descriptor sees what is written: it is the same memory still."""
+        there = int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        if there != read(self.begin):
+            fail("shared", there, read(self.begin))
+
+
+class Importing(Many):
+    def __init__(self, count: int) -> None:
+        super().__init__(count, handle_types=1)
+        handle, self.imported = c_ulonglong(), reserve(PAGE)
+        fd = exported(self.handles[0])
+        call("cuMemImportFromShareableHandle", byref(handle), c_void_p(fd), 1)
+        map_(self.imported, PAGE, 0, handle.value)
+        allow(self.imported, PAGE, READ)
+
+    def check(self) -> None:
+        if read(self.imported) != read(self.begin):
+            fail("imported")
+
+
+class Forking(Many):
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        if os.fork() == 0:
+            while os.getppid() != 1:
+                time.sleep(0.1)
+            os._exit(0)
+
+
+def main() -> None:
+    kind, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    context = c_void_p()
+    call("cuInit", 0)
+    call("cuDevicePrimaryCtxRetain", byref(context), 0)
+    call("cuCtxSetCurrent", context)
+    made: Random | Many
+    if kind == "random":
+        made = Random(int(sys.argv[3]))
+    else:
+        made = {"many": Many, "exporting": Exporting, "importing": Importing, "forking": Forking}[
+            kind
+        ](count)
+    print("ready", flush=True)
+    number = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            number += 1
+            made.step()
+            if kind != "random" or number % 10 == 0:
+                made.check()
+                print("step", number, flush=True)
+
+
+main()

@@ -1,0 +1,189 @@
+"""Physical memory that a program makes and maps itself takes the line-rate path too, against the stand-in driver.
+
+The programs of ``standin/mapper.py`` check themselves in every step; see there for what each kind does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import standin_cuda
+from direct_bench import Bench, kill_movers, memory_files, off, thaw_whatever
+from gpusched import errors
+from gpusched.mechanisms.cuda.target import Target
+from gpusched.ports import DriverState
+from gpusched.units import MIB
+from standin_cuda import SOURCES, Program
+
+pytest_plugins = ["direct_fixtures"]
+pytestmark = pytest.mark.skipif(standin_cuda.compiler() is None, reason="needs a C compiler")
+
+PAGE = 2 * MIB
+
+
+def start(standin: Path, tmp_path: Path, *arguments: object, limit: str = "") -> Program:
+    """``limit``: on its descriptors, as the shell's ulimit understands it."""
+    command = [sys.executable, str(SOURCES / "mapper.py"), *map(str, arguments)]
+    if limit:
+        command = ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *command]
+    return Program(standin, tmp_path / f"{arguments[0]}.log", command=command)
+
+
+def seed() -> int:
+    number = random.randrange(10**6)
+    print("seed", number)
+    return number
+
+
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_whatever_a_program_does_with_its_memory_all_of_it_moves(
+    bench: Bench, standin: Path, tmp_path: Path, keep_context: bool
+) -> None:
+    rng = random.Random(seed())
+    with start(standin, tmp_path, "random", 0, rng.randrange(10**6)) as program:
+        for _ in range(15):
+            time.sleep(rng.uniform(0, 0.05))
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            assert bench.state(program.pid) == off(keep_context)
+            assert memory_files(program.pid) == 0
+            bench.thaw(program.pid)
+        program.runs_on()
+    bench.direct.forget_dead()
+    assert bench.direct.pool.snapshots() == []
+
+
+def test_it_comes_back_from_its_own_memory_as_it_was(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "random", 0, seed()) as program:
+        for _ in range(3):
+            bench.freeze(program.pid)
+            os.kill(program.pid, signal.SIGSTOP)
+            bench.direct.absorb(program.pid)
+            os.kill(program.pid, signal.SIGCONT)
+            bench.thaw(program.pid)
+            assert bench.direct.last(program.pid).path == "own"
+            bench.freeze(program.pid)
+            bench.direct.restore(program.pid, {"GPU-a": "GPU-b"})
+            bench.direct.unlock(program.pid)
+            assert bench.direct.last(program.pid).path == "own"
+            program.runs_on()
+
+
+def test_a_mover_killed_at_any_moment_loses_nothing_of_it(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(seed())
+    with start(standin, tmp_path, "random", 0, rng.randrange(10**6)) as program:
+        bench.freeze(program.pid)
+        bench.thaw(program.pid)
+        for _ in range(8):
+            for move in (bench.freeze, bench.thaw):
+                killer = threading.Timer(rng.uniform(0, 0.05), kill_movers, [bench])
+                killer.start()
+                try:
+                    move(program.pid)
+                except errors.GpuschedError as error:
+                    print(move.__name__, error)
+                killer.join()
+                if move == bench.thaw or bench.state(program.pid) == DriverState.RUNNING:
+                    thaw_whatever(bench, program.pid)
+            program.runs_on()
+
+
+def test_vram_that_somebody_else_took_is_refused_and_tried_again(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "many", 8) as program:
+        bench.freeze(program.pid)
+        limit = tmp_path / "processes" / "vram"
+        limit.write_text(str(5 * PAGE))
+        with pytest.raises(errors.InsufficientGpuMemory, match="stays frozen"):
+            bench.direct.restore(program.pid, None)
+        program.stands_still()
+        assert memory_files(program.pid) == 0
+        limit.unlink()
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+# -- what is shared -------------------------------------------------------------------------------
+
+
+def test_what_a_program_has_shared_stays_and_the_rest_moves(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "exporting", 8) as program:
+        assert len(pieces(program.pid)) == 7
+        for keep_context in (False, True):
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            # Its handle, its mapping, and the descriptor that was given away.
+            assert memory_files(program.pid) == 3
+            bench.thaw(program.pid)
+            program.runs_on()
+
+
+def pieces(pid: int) -> list[int]:
+    target = Target.find(pid)
+    assert target is not None
+    with target:
+        return [piece.size_bytes for piece in target.pieces()]
+
+
+def test_beside_memory_of_others_nothing_that_a_program_makes_itself_moves(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    """Among what it was given there may be objects that its own memory is bound to."""
+    with start(standin, tmp_path, "importing", 8) as program:
+        assert pieces(program.pid) == []
+        bench.freeze(program.pid)
+        assert bench.direct.last(program.pid).path == "driver"
+        bench.thaw(program.pid)
+        program.runs_on()
+
+
+def test_a_child_that_it_forked_does_not_matter(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "forking", 8) as program:
+        for keep_context in (False, True):
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            bench.thaw(program.pid)
+            program.runs_on()
+
+
+# -- thousands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["-n 1200", "-S -n 1200", ""])
+def test_so_many_pieces_need_no_descriptor_each(
+    bench: Bench, standin: Path, tmp_path: Path, limit: str
+) -> None:
+    """The stand-in has a descriptor for each by itself, so there is no room for as many again."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 4000:
+        pytest.skip("needs a hard limit of descriptors of 4000")
+    (tmp_path / "processes" / "vram").write_text(str(4096 * MIB))
+    with start(standin, tmp_path, "many", 700, limit=limit) as program:
+        limits = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
+        for keep_context in (False, True):
+            begun = time.monotonic()
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            middle = time.monotonic()
+            bench.thaw(program.pid)
+            print(f"{middle - begun:.2f} {time.monotonic() - middle:.2f}")
+            program.runs_on()
+            assert resource.prlimit(program.pid, resource.RLIMIT_NOFILE) == limits
