@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import standin_cuda
+from daemons import wait_until
 from direct_bench import Bench, kill_movers, memory_files, off, thaw_whatever
 from gpusched import errors
 from gpusched.mechanisms.cuda.target import Target
@@ -147,10 +148,29 @@ def test_beside_memory_of_others_nothing_that_a_program_makes_itself_moves(
     """Among what it was given there may be objects that its own memory is bound to."""
     with start(standin, tmp_path, "importing", 8) as program:
         assert pieces(program.pid) == []
+        (obstacle,) = bench.direct.obstacles([program.pid])
+        assert (obstacle.kind, obstacle.certain) == ("ipc", False)
         bench.freeze(program.pid)
         assert bench.direct.last(program.pid).path == "driver"
         bench.thaw(program.pid)
         program.runs_on()
+
+
+def test_what_cannot_be_shared_is_said_once_and_what_is_opened_is_an_obstacle(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "ipc", 2) as program:
+        for wanted in ([True], [False]):
+            wait_until(
+                lambda: [bool(bench.direct.obstacles([program.pid]))] == wanted,  # noqa: B023
+                within_s=10,
+                what=f"a handle open: {wanted}",
+            )
+        bench.freeze(program.pid)
+        bench.thaw(program.pid)
+        program.runs_on()
+        text = program.log.read_text()
+        assert text.count("GPUSCHED_DIRECT=0") == text.count("gpusched:") == 1
 
 
 def test_a_child_that_it_forked_does_not_matter(

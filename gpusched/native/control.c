@@ -35,7 +35,7 @@ struct page {
     _Atomic uint32_t cancel; /* whoever asked for CLOSE has given up */
     uint64_t shelter, shelter_size; /* addresses of our own, where the contents may be put while they are parked */
     _Atomic uint32_t absorbed;      /* that is where they are */
-    uint32_t reserved;
+    _Atomic uint32_t imports;       /* pieces of other processes' memory that are used here */
 };
 
 struct request {
@@ -67,6 +67,11 @@ static _Atomic bool started;
 
 static void set_phase(enum phase phase) {
     atomic_store(&page->phase, (uint32_t)phase);
+}
+
+void control_note_imports(size_t count) {
+    if (page != NULL)
+        atomic_store(&page->imports, (uint32_t)count);
 }
 
 /* -- the requests -------------------------------------------------------------------------------------------------- */

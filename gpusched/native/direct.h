@@ -55,6 +55,10 @@ struct access {
     int flags;
 };
 
+struct ipc_handle {
+    char data[64];
+};
+
 /* The driver's own functions, whoever else wraps them. Found by driver_load. */
 struct driver {
     CUresult (*cuInit)(unsigned);
@@ -74,6 +78,9 @@ struct driver {
     CUresult (*cuMemImportFromShareableHandle)(CUhandle *, void *, int);
     CUresult (*cuMemGetAllocationPropertiesFromHandle)(struct allocation_properties *, CUhandle);
     CUresult (*cuMemGetHandleForAddressRange)(void *, CUdeviceptr, size_t, int, uint64_t);
+    CUresult (*cuIpcGetMemHandle)(void *, CUdeviceptr);
+    CUresult (*cuIpcOpenMemHandle)(CUdeviceptr *, struct ipc_handle, unsigned);
+    CUresult (*cuIpcCloseMemHandle)(CUdeviceptr);
     CUresult (*cuMemAddressReserve)(CUdeviceptr *, size_t, size_t, CUdeviceptr, uint64_t);
     CUresult (*cuMemAddressFree)(CUdeviceptr, size_t);
     CUresult (*cuMemMap)(CUdeviceptr, size_t, size_t, CUhandle, uint64_t);
@@ -148,7 +155,7 @@ HIDDEN bool index_find(const struct index *index, uint64_t key, uint32_t *place)
 HIDDEN void index_remove(struct index *index, uint64_t key);
 HIDDEN void index_clear(struct index *index);
 
-/* -- memory.c: physical memory, ours and the program's -------------------------------------------------------------- */
+/* -- memory.c: physical memory, ours and the program's ------------------------------------------------------------- */
 
 /* One physical allocation. It lives as long as anything refers to it: an address of ours, a handle or a mapping of the
  * program's. */
@@ -188,6 +195,8 @@ HIDDEN void table_remove(uint32_t place);
 
 HIDDEN CUresult memory_alloc(CUdeviceptr *address, size_t size);
 HIDDEN CUresult memory_free(CUdeviceptr address);
+/* With the lock held: what memory_alloc made there, or NULL. */
+HIDDEN struct memory *memory_at(CUdeviceptr address);
 HIDDEN bool memory_is_possible(CUdevice device);
 /* The rest is the control thread's, while the gate is closed. */
 HIDDEN bool memory_is_movable(const struct memory *memory);
@@ -206,7 +215,7 @@ HIDDEN void memory_drop_fd(struct memory *memory);
 HIDDEN void memory_drop_all(void);
 HIDDEN void memory_after_fork(void);
 
-/* -- handles.c: what the program makes itself, and what it calls it by ---------------------------------------------- */
+/* -- handles.c: what the program makes itself, and what it calls it by --------------------------------------------- */
 
 /* With the lock held. NULL: nothing that we know. */
 HIDDEN struct memory *handle_find(CUhandle name);
@@ -238,10 +247,21 @@ HIDDEN CUresult mappings_away(void);
 HIDDEN CUresult mappings_back(void);
 HIDDEN void mappings_after_fork(void);
 
+/* -- sharing.c: CUDA IPC, and what is of others ------------------------------------------------------------------ */
+
+HIDDEN CUresult ipc_get(void *handle, CUdeviceptr address);
+HIDDEN CUresult ipc_open(CUdeviceptr *address, struct ipc_handle handle, unsigned flags);
+HIDDEN CUresult ipc_close(CUdeviceptr address);
+/* With the lock held: how much is foreign has changed. */
+HIDDEN void sharing_note(void);
+HIDDEN void sharing_after_fork(void);
+
 /* -- control.c: the thread that does what the daemon asks --------------------------------------------------------- */
 
 /* After the first cuInit that succeeded. */
 HIDDEN void control_start(void);
 HIDDEN void control_after_fork(void);
+/* So many pieces of other processes' memory are in use here. */
+HIDDEN void control_note_imports(size_t count);
 
 #endif

@@ -14,7 +14,8 @@
 #include <string.h>
 
 struct driver driver = {0};
-typedef long (*function)(long, long, long, long, long, long, long, long, long, long, long, long);
+#define FOURTEEN long, long, long, long, long, long, long, long, long, long, long, long, long, long
+typedef long (*function)(FOURTEEN);
 
 /* -- the wrappers -------------------------------------------------------------------------------------------------- */
 
@@ -22,12 +23,15 @@ enum { SLOTS = 1024 };
 static function real[SLOTS];
 
 /* Compiled without floating point registers, so that a float among the arguments of a function stays where it is. */
-/* No function of the driver has more than 12 arguments; what is passed beyond a function's own does no harm. */
-#define WRAPPER(n)                                                                                                     \
-    static long wrapper_##n(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k,    \
-                            long l) {                                                                                  \
+/* No function of the driver has more than 12 arguments, and none more than 64 bytes of them on the stack, as those have
+ * that are given an IPC handle by value. What is passed beyond a function's own does no harm. */
+#define GIVEN                                                                                                          \
+    long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l, long m, long n
+#define AS_GIVEN a, b, c, d, e, f, g, h, i, j, k, l, m, n
+#define WRAPPER(number)                                                                                                \
+    static long wrapper_##number(GIVEN) {                                                                              \
         struct thread *thread = gate_enter();                                                                          \
-        long result = real[0x##n](a, b, c, d, e, f, g, h, i, j, k, l);                                                 \
+        long result = real[0x##number](AS_GIVEN);                                                                      \
         gate_leave(thread);                                                                                            \
         return result;                                                                                                 \
     }
@@ -105,6 +109,10 @@ ANSWERED(cuMemGetAllocationPropertiesFromHandle, handle_properties, (struct allo
 ANSWERED(cuMemGetHandleForAddressRange, handle_for_range, (void *a, CUdeviceptr b, size_t c, int d, uint64_t e),
          (a, b, c, d, e))
 
+ANSWERED(cuIpcGetMemHandle, ipc_get, (void *a, CUdeviceptr b), (a, b))
+ANSWERED(cuIpcOpenMemHandle, ipc_open, (CUdeviceptr * a, struct ipc_handle b, unsigned c), (a, b, c))
+ANSWERED(cuIpcCloseMemHandle, ipc_close, (CUdeviceptr a), (a))
+
 static void *replace(const char *name, void *found);
 
 static CUresult get_proc_address(const char *name, void **found, int version, uint64_t flags, void *status) {
@@ -143,6 +151,9 @@ static const struct {
     AS_ASKED(cuMemImportFromShareableHandle, 10020),
     AS_ASKED(cuMemGetAllocationPropertiesFromHandle, 10020),
     AS_ASKED(cuMemGetHandleForAddressRange, 11070),
+    AS_ASKED(cuIpcGetMemHandle, 4010),
+    {"cuIpcOpenMemHandle_v2", "cuIpcOpenMemHandle", 11000, (void *)answer_cuIpcOpenMemHandle},
+    AS_ASKED(cuIpcCloseMemHandle, 4010),
 };
 enum { REPLACED = sizeof replaced / sizeof *replaced };
 /* The driver's functions of those names, by both ways to ask for them. */
@@ -199,6 +210,9 @@ static void find_driver(void) {
         {"cuMemImportFromShareableHandle", &driver.cuMemImportFromShareableHandle},
         {"cuMemGetAllocationPropertiesFromHandle", &driver.cuMemGetAllocationPropertiesFromHandle},
         {"cuMemGetHandleForAddressRange", &driver.cuMemGetHandleForAddressRange},
+        {"cuIpcGetMemHandle", &driver.cuIpcGetMemHandle},
+        {"cuIpcOpenMemHandle_v2", &driver.cuIpcOpenMemHandle},
+        {"cuIpcCloseMemHandle", &driver.cuIpcCloseMemHandle},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *found = real_dlsym(library, wanted[i].name);
@@ -276,13 +290,13 @@ static function link_to(const char *name, _Atomic(function) *place) {
 }
 
 #define ENTRY(name)                                                                                                    \
-    PUBLIC long name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l);  \
-    PUBLIC long name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j, long k, long l) { \
+    PUBLIC long name(GIVEN);                                                                                           \
+    PUBLIC long name(GIVEN) {                                                                                          \
         static _Atomic(function) place;                                                                                \
         function found = atomic_load_explicit(&place, memory_order_acquire);                                           \
         if (!LIKELY(found) && (found = link_to(#name, &place)) == NULL)                                                \
             return CUDA_ERROR_NOT_SUPPORTED;                                                                           \
-        return found(a, b, c, d, e, f, g, h, i, j, k, l);                                                              \
+        return found(AS_GIVEN);                                                                                        \
     }
 ALL_ENTRIES
 
@@ -295,6 +309,7 @@ static void after_fork(void) {
     memory_after_fork();
     handles_after_fork();
     mappings_after_fork();
+    sharing_after_fork();
 }
 
 __attribute__((constructor)) static void begin(void) {

@@ -40,15 +40,18 @@ CUhandle handle_let_go(struct memory *memory) {
     return handle;
 }
 
-/* Into the table, under the name that is returned; 0: there was no room. */
+/* With the lock held. Into the table, under the name that is returned; 0: there was no room. */
 static CUhandle enter(const struct memory *memory) {
-    CUhandle name = 0;
+    if (!table_make_room() || !index_make_room(&names))
+        return 0;
+    uint32_t place = table_add(memory);
+    give_name(place);
+    return table.items[place].name;
+}
+
+static CUhandle enter_locking(const struct memory *memory) {
     table_lock();
-    if (table_make_room() && index_make_room(&names)) {
-        uint32_t place = table_add(memory);
-        give_name(place);
-        name = table.items[place].name;
-    }
+    CUhandle name = enter(memory);
     table_unlock();
     return name;
 }
@@ -63,13 +66,11 @@ static CUhandle drivers(CUhandle name) {
 }
 
 void handle_note_foreign(CUhandle name) {
-    const struct memory memory = {
-        .left = true, .foreign = true, .name = name, .references = 1, .handle = name, .fd = -1};
+    const struct memory memory = {.left = true, .foreign = true, .references = 1, .handle = name, .fd = -1};
     table_lock();
-    bool known = handle_find(name) != NULL;
-    table_unlock();
-    if (!known)
+    if (handle_find(name) == NULL)
         enter(&memory);
+    table_unlock();
 }
 
 /* -- making and ending --------------------------------------------------------------------------------------------- */
@@ -102,7 +103,7 @@ CUresult handle_create(CUhandle *handle, size_t size, const struct allocation_pr
         result = driver.cuMemCreate(&memory.handle, size, wanted, flags);
     if (result != CUDA_SUCCESS)
         return result;
-    CUhandle name = enter(&memory);
+    CUhandle name = enter_locking(&memory);
     *handle = name != 0 ? name : memory.handle;
     return CUDA_SUCCESS;
 }
@@ -124,24 +125,14 @@ CUresult handle_release(CUhandle name) {
 
 /* -- handles of what is there, and sharing ------------------------------------------------------------------------- */
 
-/* With the lock held. NULL: none of the table is there. */
-static struct memory *memory_at(CUdeviceptr address) {
-    struct memory *found = mapping_at(address);
-    for (size_t i = 0; i < table.count && found == NULL; i++) {
-        struct memory *memory = &table.items[i];
-        if (memory->taken && memory->address != 0 && memory->address <= address &&
-            address < memory->address + memory->size)
-            found = memory;
-    }
-    return found;
-}
-
 CUresult handle_retain(CUhandle *handle, void *address) {
     if (handle == NULL)
         return driver.cuMemRetainAllocationHandle(handle, address);
     CUresult result = CUDA_SUCCESS;
     table_lock();
-    struct memory *memory = memory_at((CUdeviceptr)(uintptr_t)address);
+    struct memory *memory = mapping_at((CUdeviceptr)(uintptr_t)address);
+    if (memory == NULL)
+        memory = memory_at((CUdeviceptr)(uintptr_t)address);
     if (memory != NULL && memory->references == 0) {
         if (index_make_room(&names))
             give_name((uint32_t)(memory - table.items));
@@ -175,7 +166,7 @@ CUresult handle_import(CUhandle *handle, void *shareable, int type) {
     if (result != CUDA_SUCCESS)
         return result;
     const struct memory memory = {.left = true, .foreign = true, .references = 1, .handle = *handle, .fd = -1};
-    CUhandle name = enter(&memory);
+    CUhandle name = enter_locking(&memory);
     if (name != 0)
         *handle = name;
     return result;

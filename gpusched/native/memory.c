@@ -56,6 +56,7 @@ uint32_t table_add(const struct memory *memory) {
     table.items[place] = *memory;
     table.items[place].taken = true;
     table.foreign += memory->foreign;
+    sharing_note();
     if (place == table.count)
         table.count++;
     return place;
@@ -63,6 +64,7 @@ uint32_t table_add(const struct memory *memory) {
 
 void table_remove(uint32_t place) {
     table.foreign -= table.items[place].foreign;
+    sharing_note();
     table.items[place].taken = false;
     if (place < first_free)
         first_free = place;
@@ -180,6 +182,16 @@ static bool take_out(CUdeviceptr address, struct memory *taken_out) {
     }
     table_unlock();
     return found;
+}
+
+struct memory *memory_at(CUdeviceptr address) {
+    for (size_t i = 0; i < table.count; i++) {
+        struct memory *memory = &table.items[i];
+        if (memory->taken && memory->address != 0 && memory->address <= address &&
+            address < memory->address + memory->size)
+            return memory;
+    }
+    return NULL;
 }
 
 CUresult memory_free(CUdeviceptr address) {

@@ -189,7 +189,8 @@ static CUresult do_create(unsigned long long *handle, size_t size, const struct 
     *handle = (unsigned long long)fd + 1;
     return OK;
 }
-API CUresult cuMemCreate(unsigned long long *handle, size_t size, const struct properties *p, unsigned long long flags) {
+API CUresult cuMemCreate(unsigned long long *handle, size_t size, const struct properties *p,
+                         unsigned long long flags) {
     (void)flags;
     return MEMORY_CALL(do_create(handle, size, p));
 }
@@ -378,11 +379,30 @@ API CUresult cuMemGetHandleForAddressRange(void *fd, Ptr address, size_t size, i
     *(int *)fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     return CALL(OK);
 }
-/* Of memory of its own making alone, as the driver. */
-API CUresult cuIpcGetMemHandle(void *handle, Ptr address) {
-    memset(handle, 0, 64);
-    return MEMORY_CALL(mapping_at(address) == NULL ? OK : INVALID);
+/* Of memory of its own making alone, as the driver. A handle is the address, again and again, to the last byte. */
+struct ipc_handle { Ptr words[8]; };
+static CUresult do_ipc_get(struct ipc_handle *handle, Ptr address) {
+    for (size_t i = 0; i < 8; i++)
+        handle->words[i] = address;
+    return mapping_at(address) == NULL ? OK : INVALID;
 }
+API CUresult cuIpcGetMemHandle(struct ipc_handle *handle, Ptr address) {
+    return MEMORY_CALL(do_ipc_get(handle, address));
+}
+static CUresult do_ipc_open(Ptr *address, const struct ipc_handle *handle, unsigned flags) {
+    *address = handle->words[0];
+    for (size_t i = 0; i < 8; i++)
+        if (handle->words[i] != *address || flags != 1)
+            return INVALID;
+    return OK;
+}
+API CUresult cuIpcOpenMemHandle_v2(Ptr *address, struct ipc_handle handle, unsigned flags) {
+    return CALL(do_ipc_open(address, &handle, flags));
+}
+API CUresult cuIpcOpenEventHandle(void **event, struct ipc_handle handle) {
+    return CALL(do_ipc_open((Ptr *)event, &handle, 1));
+}
+API CUresult cuIpcCloseMemHandle(Ptr address) { (void)address; return CALL(OK); }
 
 API CUresult cuMemHostRegister_v2(void *address, size_t size, unsigned flags) {
     (void)address, (void)size, (void)flags;
@@ -505,7 +525,8 @@ API CUresult cuCheckpointProcessGetState(int pid, int *state) {
 
 API CUresult cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long flags, void *status) {
     static const char *const renamed[] = {"cuMemAlloc", "cuMemFree", "cuMemGetInfo", "cuMemHostRegister",
-        "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8", "cuGetProcAddress"};
+        "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8", "cuIpcOpenMemHandle",
+        "cuGetProcAddress"};
     static void *self;
     char symbol[128];
     (void)version, (void)flags, (void)status;

@@ -7,6 +7,7 @@ mapper.py KIND [PIECES [SEED]]      prints "ready", then "step N"; "WRONG ..." a
     exporting   as many; the first one is shared with another process, which is the program itself
     importing   as many; and has memory of somebody else mapped, which is its own
     forking     as many; with a child that does nothing
+    ipc         as many; and tries to share memory of cuMemAlloc, and has a handle open in every other second
 """
 
 from __future__ import annotations
@@ -310,19 +311,50 @@ class Forking(Many):
             os._exit(0)
 
 
+class IpcHandle(ctypes.Structure):
+    _fields_ = (("words", c_ulonglong * 8),)
+
+
+class Ipc(Many):
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.ours, theirs, self.handle = c_ulonglong(), c_ulonglong(), IpcHandle()
+        call("cuMemAlloc_v2", byref(self.ours), c_size_t(PAGE))
+        call("cuMemAlloc_v2", byref(theirs), c_size_t(PAGE // 2))
+        call("cuIpcGetMemHandle", byref(self.handle), theirs)
+        self.opened: c_ulonglong | None = None
+
+    def check(self) -> None:
+        for _ in range(2):
+            if cuda.cuIpcGetMemHandle(byref(IpcHandle()), self.ours) != 1:
+                fail("shared what cannot be shared")
+        event = c_ulonglong()
+        call("cuIpcOpenEventHandle", byref(event), self.handle)
+        wanted = int(time.monotonic()) % 2 == 0
+        if wanted and self.opened is None:
+            self.opened = c_ulonglong()
+            call("cuIpcOpenMemHandle_v2", byref(self.opened), self.handle, 1)
+        elif not wanted and self.opened is not None:
+            call("cuIpcCloseMemHandle", self.opened)
+            self.opened = None
+
+
+KINDS = {
+    "many": Many,
+    "exporting": Exporting,
+    "importing": Importing,
+    "forking": Forking,
+    "ipc": Ipc,
+}
+
+
 def main() -> None:
     kind, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8
     context = c_void_p()
     call("cuInit", 0)
     call("cuDevicePrimaryCtxRetain", byref(context), 0)
     call("cuCtxSetCurrent", context)
-    made: Random | Many
-    if kind == "random":
-        made = Random(int(sys.argv[3]))
-    else:
-        made = {"many": Many, "exporting": Exporting, "importing": Importing, "forking": Forking}[
-            kind
-        ](count)
+    made: Random | Many = Random(int(sys.argv[3])) if kind == "random" else KINDS[kind](count)
     print("ready", flush=True)
     number = 0
     with contextlib.suppress(KeyboardInterrupt):

@@ -42,6 +42,11 @@ _DRIVERS_OWN: Final = (DriverState.CHECKPOINTED, DriverState.CHANGING, DriverSta
 #: After so long without a move the movers end and spare chunks go back to the host.
 _IDLE_S: Final = 60.0
 
+_IMPORTS: Final = (
+    "it uses memory of another process (CUDA IPC or imported handles), and the driver does not bring such a process "
+    "back; end the sharing first"
+)
+
 
 class DirectDriver:
     """See above. Safe from many threads; one call at a time for a process."""
@@ -81,7 +86,12 @@ class DirectDriver:
         return Usage(gpus=gpus, processes=processes)
 
     def obstacles(self, pids: Sequence[int]) -> list[Obstacle]:
-        return self._driver.obstacles(pids)
+        """The driver's, and what only a look from within a process tells."""
+        found = self._driver.obstacles(pids)
+        ours = [pid for pid in pids if _imports(pid)]
+        return found + [
+            Obstacle(pid=pid, kind="ipc", message=_IMPORTS, certain=False) for pid in ours
+        ]
 
     def states(self, pids: Sequence[int]) -> dict[int, DriverState]:
         """The driver's, but for what the gate and the pool know better."""
@@ -216,3 +226,11 @@ def _phase(pid: int) -> Phase | None:
             return target.phase if target is not None else None
     except errors.DriverError:
         return None
+
+
+def _imports(pid: int) -> int:
+    try:
+        with _find(pid) as target:
+            return target.imports if target is not None else 0
+    except errors.DriverError:
+        return 0

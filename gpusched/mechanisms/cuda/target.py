@@ -32,7 +32,7 @@ from gpusched.units import GIB
 _PAGE_LINK: Final = "/memfd:gpusched-direct"
 _MAGIC: Final = 0x47534431
 _VERSION: Final = 1
-#: Magic, version, daemon's end, own end, phase, cancel; shelter's address and bytes; absorbed, nothing.
+#: Magic, version, daemon's end, own end, phase, cancel; shelter's address and bytes; absorbed, imports.
 _PAGE: Final = struct.Struct("<6I2Q2I")
 _CANCEL_OFFSET, _ABSORBED_OFFSET = 20, 40
 _REQUEST: Final = struct.Struct("<4IQ")
@@ -237,6 +237,11 @@ class Target:
     def has_absorbed(self) -> bool:
         """Its contents are in its own memory, and go where it goes."""
         return bool(_PAGE.unpack_from(self._page)[8])
+
+    @property
+    def imports(self) -> int:
+        """Pieces of other processes' memory that it uses."""
+        return int(_PAGE.unpack_from(self._page)[9])
 
     def note_absorbed(self) -> None:
         """From here on its contents are there, and nowhere else."""
