@@ -23,6 +23,7 @@ from daemons import PrivateDaemon, wait_until
 from gpusched import GpuSched
 from gpusched.errors import GpuschedError
 from gpusched.mechanisms.cuda import pool_home
+from gpusched.mechanisms.cuda.target import Target
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,9 +52,23 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def start(client: GpuSched, name: str, gigabytes: float, **more: Any) -> None:
-    client.run(name, [sys.executable, str(BUSY), str(gigabytes)], **more)
+def start(client: GpuSched, name: str, gigabytes: float, *arguments: str, **more: Any) -> int:
+    command = [sys.executable, str(BUSY), str(gigabytes), *arguments]
+    pid = client.run(name, command, **more)["pid"]
     wait_until(lambda: bool(steps(client, name)), within_s=90, what=f"{name} works")
+    return pid
+
+
+def with_allocator(settings: str) -> dict[str, str]:
+    return dict(os.environ) | ({"PYTORCH_CUDA_ALLOC_CONF": settings} if settings else {})
+
+
+def movable(pid: int) -> list[int]:
+    """The pieces of memory of a process that can go past the driver, in bytes."""
+    target = Target.find(pid)
+    assert target is not None
+    with target:
+        return [piece.size_bytes for piece in target.pieces()]
 
 
 def steps(client: GpuSched, name: str) -> list[int]:
@@ -122,6 +137,114 @@ def test_a_context_that_was_kept_goes_when_it_is_in_the_way(daemon: PrivateDaemo
 
 def entry(client: GpuSched, name: str) -> Any:
     return next(p for p in client.processes() if p["name"] == name)
+
+
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_an_allocator_that_makes_and_maps_its_memory_itself_goes_the_same_way(
+    daemon: PrivateDaemon, rng: random.Random, keep_context: bool
+) -> None:
+    with daemon.client() as client:
+        pid = start(client, "busy", 2, env=with_allocator("expandable_segments:True"))
+        sizes = movable(pid)
+        print(len(sizes), "pieces,", sum(sizes), "bytes")
+        assert sum(sizes) > 2e9
+        for _ in range(ROUNDS):
+            threading.Event().wait(rng.uniform(0, 0.2))
+            off = client.freeze("busy", keep_context=keep_context)
+            on = client.thaw("busy")
+            assert (off["path"], on["path"]) == ("direct", "direct")
+            assert off.get("context_mb", 0) < 2000
+            print(off["duration_ms"], off["phases_ms"], on["duration_ms"], on["phases_ms"])
+        goes_on(client, "busy")
+
+
+def test_an_allocator_of_the_drivers_own_goes_whichever_way_and_stays_right(
+    daemon: PrivateDaemon, rng: random.Random
+) -> None:
+    with daemon.client() as client:
+        start(client, "busy", 1, env=with_allocator("backend:cudaMallocAsync"))
+        for _ in range(max(2, ROUNDS // 4)):
+            threading.Event().wait(rng.uniform(0, 0.2))
+            off, on = client.freeze("busy"), client.thaw("busy")
+            print(off["path"], off["duration_ms"], on["path"], on["duration_ms"])
+            goes_on(client, "busy")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX")
+@pytest.mark.parametrize("allocator", ["", "platform", "cuda_async", "vmm"])
+def test_jax_goes_whichever_way_and_stays_right(daemon: PrivateDaemon, allocator: str) -> None:
+    env = dict(os.environ) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if allocator:
+        env["XLA_PYTHON_CLIENT_ALLOCATOR"] = allocator
+    program = Path(__file__).with_name("jax_busy.py")
+    with daemon.client() as client:
+        pid = client.run("jax", [sys.executable, str(program), "1"], env=env)["pid"]
+        wait_until(
+            lambda: client.processes()[0]["state"] == "dead" or jax_steps(client) > 0,
+            within_s=120,
+            what="JAX works",
+        )
+        if client.processes()[0]["state"] == "dead":
+            pytest.skip(f"this JAX has no allocator {allocator!r}")
+        print(len(movable(pid)), "pieces,", sum(movable(pid)), "bytes")
+        for _ in range(max(2, ROUNDS // 4)):
+            off, on = client.freeze("jax"), client.thaw("jax")
+            print(off["path"], off["duration_ms"], on["path"], on["duration_ms"])
+            jax_goes_on(client)
+
+
+def jax_goes_on(client: GpuSched) -> None:
+    before = jax_steps(client)
+    wait_until(lambda: jax_steps(client) > before, within_s=30, what="JAX goes on")
+
+
+def jax_steps(client: GpuSched) -> int:
+    lines = client.logs("jax", 20)["lines"]
+    assert not any("WRONG" in line for line in lines), lines
+    found = [line.split() for line in lines if line.startswith("steps")]
+    whole = [line for line in found if len(line) == 2]
+    return int(whole[-1][1]) if whole else 0
+
+
+@pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
+def test_a_child_that_does_nothing_does_not_matter(daemon: PrivateDaemon, settings: str) -> None:
+    with daemon.client() as client:
+        start(client, "busy", 1, "fork", env=with_allocator(settings))
+        for keep_context in (False, True):
+            off = client.freeze("busy", keep_context=keep_context)
+            on = client.thaw("busy")
+            assert (off["path"], on["path"]) == ("direct", "direct")
+            goes_on(client, "busy")
+
+
+@pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
+def test_one_that_exits_in_the_middle_of_a_freeze_leaves_nothing(
+    daemon: PrivateDaemon, rng: random.Random, settings: str
+) -> None:
+    with daemon.client() as client:
+        for number in range(max(2, ROUNDS // 3)):
+            name = f"busy{number}"
+            pid = start(client, name, 1, env=with_allocator(settings))
+            worker = threading.Thread(target=_freeze_and_thaw, args=(daemon, name))
+            worker.start()
+            threading.Event().wait(rng.uniform(0, 0.6))
+            os.kill(pid, signal.SIGUSR1)
+            worker.join()
+            wait_until(
+                lambda: client.processes()[-1]["state"] == "dead", within_s=30, what="it ended"
+            )
+            client.kill(name)
+        start(client, "after", 1)
+        off, on = client.freeze("after"), client.thaw("after")
+        assert (off["path"], on["path"]) == ("direct", "direct")
+        goes_on(client, "after")
+
+
+def _freeze_and_thaw(daemon: PrivateDaemon, name: str) -> None:
+    """Until it is gone; frozen, it does not exit: the signal waits for it."""
+    with contextlib.suppress(GpuschedError), daemon.client() as client:
+        client.freeze(name)
+        client.thaw(name)
 
 
 def test_it_goes_to_disk_and_into_copies(daemon: PrivateDaemon) -> None:

@@ -1,14 +1,16 @@
 """A PyTorch program that is never at rest and checks every step of its own; see ``test_direct_gpu.py``.
 
-    torch_busy.py GIGABYTES [idle]       prints "ready", then "steps A B C"; "WRONG ..." and exit status 3
+    torch_busy.py GIGABYTES [idle] [fork]    prints "ready", then "steps A B C D"; "WRONG ..." and exit status 3
 
 Two threads launch without pause on streams of their own, allocate and free, and compare what they read; a third
 replays a CUDA graph; a fourth trains a small model beside a copy of it on the CPU, fed from pinned memory.
+"fork": with a child that does nothing. SIGUSR1 makes it exit with status 7.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -111,7 +113,17 @@ def train() -> None:
             rest(3)
 
 
+def fork() -> None:
+    """A child that has CUDA's memory and descriptors in it, and uses none of it."""
+    parent = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(0)
+
+
 def main() -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(7))
     count = max(1, int(float(sys.argv[1]) * 1e9 / (WORDS * 4)))
     held = [torch.arange(i, i + WORDS, dtype=torch.int32, device="cuda") for i in range(count)]
     sums = [int(one[::4097].sum().item()) for one in held]
@@ -121,6 +133,8 @@ def main() -> None:
     for thread in (0, 1):
         threading.Thread(target=launch, args=(thread, held, sums), daemon=True).start()
     threading.Thread(target=train, daemon=True).start()
+    if "fork" in sys.argv:
+        fork()
     print("ready", flush=True)
     while True:
         time.sleep(0.1)
