@@ -31,12 +31,14 @@ pytestmark = pytest.mark.skipif(standin_cuda.compiler() is None, reason="needs a
 PAGE = 2 * MIB
 
 
-def start(standin: Path, tmp_path: Path, *arguments: object, limit: str = "") -> Program:
+def start(
+    standin: Path, tmp_path: Path, *arguments: object, limit: str = "", **env: str
+) -> Program:
     """``limit``: on its descriptors, as the shell's ulimit understands it."""
     command = [sys.executable, str(SOURCES / "mapper.py"), *map(str, arguments)]
     if limit:
         command = ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *command]
-    return Program(standin, tmp_path / f"{arguments[0]}.log", command=command)
+    return Program(standin, tmp_path / f"{arguments[0]}.log", command=command, **env)
 
 
 def seed() -> int:
@@ -182,6 +184,35 @@ def test_a_child_that_it_forked_does_not_matter(
             assert bench.direct.last(program.pid).path == "direct"
             bench.thaw(program.pid)
             program.runs_on()
+
+
+# -- several devices ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_two_devices_reach_each_others_memory_before_and_after(
+    bench: Bench, standin: Path, tmp_path: Path, keep_context: bool
+) -> None:
+    with start(standin, tmp_path, "peers", 3, STANDIN_DEVICES="2") as program:
+        assert len(pieces(program.pid)) == 12, "what was in the context that ended is gone"
+        for _ in range(3):
+            bench.freeze(program.pid, keep_context=keep_context)
+            assert bench.direct.last(program.pid).path == "direct"
+            assert memory_files(program.pid) == 0
+            assert len(bench.direct.movers.all()) == 2
+            bench.thaw(program.pid)
+            program.runs_on()
+
+
+def test_where_devices_cannot_reach_each_other_memory_is_the_drivers(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    env = {"STANDIN_DEVICES": "2", "STANDIN_NO_PEERS": "1"}
+    with start(standin, tmp_path, "peers", 3, **env) as program:
+        assert pieces(program.pid) == []
+        bench.freeze(program.pid)
+        bench.thaw(program.pid)
+        program.runs_on()
 
 
 # -- thousands ------------------------------------------------------------------------------------

@@ -107,10 +107,11 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
         ({}, ("GPU-a",), "/lib/direct.so"),
         ({"LD_PRELOAD": "/lib/mine.so"}, ("GPU-a",), "/lib/direct.so:/lib/mine.so"),
         ({}, ("GPU-a", "GPU-b"), None),
+        ({"GPUSCHED_DIRECT": "1"}, ("GPU-a", "GPU-b"), "/lib/direct.so"),
         ({"LD_PRELOAD": "/lib/mine.so"}, ("GPU-a", "GPU-b"), "/lib/mine.so"),
     ],
 )
-def test_who_has_one_gpu_gets_the_library(
+def test_who_has_one_gpu_or_wants_it_gets_the_library(
     given: dict[str, str], gpus: tuple[str, ...], expected: str | None
 ) -> None:
     limits = SimpleNamespace(default_env={}, forced_env={}, preload="/lib/direct.so")

@@ -149,8 +149,8 @@ class Lifecycle:
         }
         limits = self._core.limits
         given = {**limits.default_env, **(login if params.env is None else params.env)}
-        # With several GPUs, peer access and CUDA IPC are likely, and memory of that kind has neither by itself.
-        if limits.preload and len(gpus) == 1:
+        # With several GPUs, CUDA IPC between the workers of one command is likely, and such memory does not have it.
+        if limits.preload and (len(gpus) == 1 or given.get("GPUSCHED_DIRECT") == "1"):
             given["LD_PRELOAD"] = ":".join(filter(None, (limits.preload, given.get("LD_PRELOAD"))))
         return {
             **given,

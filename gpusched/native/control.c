@@ -92,7 +92,7 @@ static CUresult each(struct reply *reply, uint64_t first, CUresult (*work)(struc
         if (!memory_is_movable(memory))
             continue;
         if (work != NULL)
-            result = driver.cuCtxSetCurrent(memory->context);
+            result = driver.cuCtxSetCurrent(memory_context(memory));
         if (work != NULL && result == CUDA_SUCCESS)
             result = work(memory);
         if (result != CUDA_SUCCESS)
@@ -109,7 +109,7 @@ static CUresult for_all(CUresult (*work)(struct memory *)) {
     CUresult result = CUDA_SUCCESS;
     for (size_t i = 0; i < table.count && result == CUDA_SUCCESS; i++)
         if (memory_is_movable(&table.items[i])) {
-            result = driver.cuCtxSetCurrent(table.items[i].context);
+            result = driver.cuCtxSetCurrent(memory_context(&table.items[i]));
             if (result == CUDA_SUCCESS)
                 result = work(&table.items[i]);
         }
@@ -190,7 +190,7 @@ static CUresult attach(bool from_shelter) {
 static CUresult close_gate(unsigned timeout_ms) {
     if (!gate_close(timeout_ms))
         return -ETIMEDOUT;
-    CUresult result = memory_synchronize();
+    CUresult result = contexts_synchronize();
     if (result != CUDA_SUCCESS || atomic_load(&page->cancel)) {
         gate_open();
         return result != CUDA_SUCCESS ? result : -ECANCELED;

@@ -67,6 +67,10 @@ struct driver {
     CUresult (*cuCtxSetCurrent)(CUcontext);
     CUresult (*cuCtxGetDevice)(CUdevice *);
     CUresult (*cuCtxSynchronize)(void);
+    CUresult (*cuCtxEnablePeerAccess)(CUcontext, unsigned);
+    CUresult (*cuCtxDestroy)(CUcontext);
+    CUresult (*cuDeviceGetCount)(int *);
+    CUresult (*cuDeviceCanAccessPeer)(int *, CUdevice, CUdevice);
     CUresult (*cuDeviceGetAttribute)(int *, int, CUdevice);
     CUresult (*cuDeviceGetUuid)(void *, CUdevice);
     CUresult (*cuMemcpyHtoD)(CUdeviceptr, const void *, size_t);
@@ -168,7 +172,7 @@ struct memory {
     uint32_t references; /* of the program, by that name */
     uint32_t mappings;   /* of the program's own making, in mappings.c */
     size_t size;
-    CUcontext context; /* one that uses it; NULL: none is known yet */
+    CUcontext context; /* that cuMemAlloc was called in; NULL: the program made it */
     CUdevice device;
     uint8_t gpu[16]; /* the device's UUID, when this was made */
     struct allocation_properties properties;
@@ -198,10 +202,15 @@ HIDDEN CUresult memory_free(CUdeviceptr address);
 /* With the lock held: what memory_alloc made there, or NULL. */
 HIDDEN struct memory *memory_at(CUdeviceptr address);
 HIDDEN bool memory_is_possible(CUdevice device);
+/* A device is to reach what cuMemAlloc has made on others. */
+HIDDEN void memory_allow(CUdevice device);
+/* A context is destroyed, and what cuMemAlloc made in it with it. */
+HIDDEN void memory_end(CUcontext context);
 /* The rest is the control thread's, while the gate is closed. */
 HIDDEN bool memory_is_movable(const struct memory *memory);
 HIDDEN size_t memory_movable_bytes(void);
-HIDDEN CUresult memory_synchronize(void);
+/* One in which its device can be used; NULL: none is known. */
+HIDDEN CUcontext memory_context(const struct memory *memory);
 HIDDEN CUresult memory_export(struct memory *memory);
 HIDDEN CUresult memory_release(struct memory *memory);
 HIDDEN CUresult memory_create(struct memory *memory);
@@ -214,6 +223,21 @@ HIDDEN int descriptor_move_up(int fd);
 HIDDEN void memory_drop_fd(struct memory *memory);
 HIDDEN void memory_drop_all(void);
 HIDDEN void memory_after_fork(void);
+
+/* -- contexts.c: which contexts there are, and which devices reach which ------------------------------------------- */
+
+/* The current one is one that the program uses. */
+HIDDEN void context_note(void);
+HIDDEN CUresult context_destroy(CUcontext context);
+HIDDEN CUresult peer_enable(CUcontext peer, unsigned flags);
+/* One of a device; NULL: none is known. */
+HIDDEN CUcontext context_of(CUdevice device);
+/* Those that have a context, as bits. */
+HIDDEN uint64_t devices_present(void);
+HIDDEN bool devices_reach_each_other(void);
+/* The control thread's, while the gate is closed. */
+HIDDEN CUresult contexts_synchronize(void);
+HIDDEN void contexts_after_fork(void);
 
 /* -- handles.c: what the program makes itself, and what it calls it by --------------------------------------------- */
 

@@ -109,6 +109,8 @@ ANSWERED(cuMemGetAllocationPropertiesFromHandle, handle_properties, (struct allo
 ANSWERED(cuMemGetHandleForAddressRange, handle_for_range, (void *a, CUdeviceptr b, size_t c, int d, uint64_t e),
          (a, b, c, d, e))
 
+ANSWERED(cuCtxEnablePeerAccess, peer_enable, (CUcontext a, unsigned b), (a, b))
+ANSWERED(cuCtxDestroy, context_destroy, (CUcontext a), (a))
 ANSWERED(cuIpcGetMemHandle, ipc_get, (void *a, CUdeviceptr b), (a, b))
 ANSWERED(cuIpcOpenMemHandle, ipc_open, (CUdeviceptr * a, struct ipc_handle b, unsigned c), (a, b, c))
 ANSWERED(cuIpcCloseMemHandle, ipc_close, (CUdeviceptr a), (a))
@@ -151,6 +153,8 @@ static const struct {
     AS_ASKED(cuMemImportFromShareableHandle, 10020),
     AS_ASKED(cuMemGetAllocationPropertiesFromHandle, 10020),
     AS_ASKED(cuMemGetHandleForAddressRange, 11070),
+    AS_ASKED(cuCtxEnablePeerAccess, 4000),
+    {"cuCtxDestroy_v2", "cuCtxDestroy", 4000, (void *)answer_cuCtxDestroy},
     AS_ASKED(cuIpcGetMemHandle, 4010),
     {"cuIpcOpenMemHandle_v2", "cuIpcOpenMemHandle", 11000, (void *)answer_cuIpcOpenMemHandle},
     AS_ASKED(cuIpcCloseMemHandle, 4010),
@@ -193,6 +197,10 @@ static void find_driver(void) {
         {"cuCtxSetCurrent", &driver.cuCtxSetCurrent},
         {"cuCtxGetDevice", &driver.cuCtxGetDevice},
         {"cuCtxSynchronize", &driver.cuCtxSynchronize},
+        {"cuCtxEnablePeerAccess", &driver.cuCtxEnablePeerAccess},
+        {"cuCtxDestroy_v2", &driver.cuCtxDestroy},
+        {"cuDeviceGetCount", &driver.cuDeviceGetCount},
+        {"cuDeviceCanAccessPeer", &driver.cuDeviceCanAccessPeer},
         {"cuDeviceGetAttribute", &driver.cuDeviceGetAttribute},
         {"cuDeviceGetUuid", &driver.cuDeviceGetUuid},
         {"cuMemcpyHtoD_v2", &driver.cuMemcpyHtoD},
@@ -307,6 +315,7 @@ static void after_fork(void) {
     gate_after_fork();
     control_after_fork();
     memory_after_fork();
+    contexts_after_fork();
     handles_after_fork();
     mappings_after_fork();
     sharing_after_fork();

@@ -91,11 +91,10 @@ CUresult handle_create(CUhandle *handle, size_t size, const struct allocation_pr
     struct memory memory = {
         .left = true, .references = 1, .size = size, .properties = *wanted, .asked = wanted->handle_types, .fd = -1};
     CUresult result = CUDA_ERROR_NOT_SUPPORTED;
+    context_note();
     if (is_plain(size, wanted, flags) && memory_is_possible(wanted->location.id)) {
         memory.device = wanted->location.id;
         memory.properties.handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        if (driver.cuCtxGetCurrent(&memory.context) != CUDA_SUCCESS)
-            memory.context = NULL;
         result = memory_create(&memory);
         memory.left = result != CUDA_SUCCESS;
     }

@@ -63,12 +63,6 @@ static bool note_mapping(const struct mapping *mapping) {
     return true;
 }
 
-/* Whichever context of the program uses it: what is on the GPU is waited for there. */
-static void note_context(struct memory *memory, CUcontext current) {
-    if (memory->context == NULL)
-        memory->context = current;
-}
-
 /* -- what the program does ----------------------------------------------------------------------------------------- */
 
 /* With the lock held. What is known of a name is kept alive for a mapping to come; else what comes is foreign. */
@@ -85,10 +79,8 @@ static bool begin_mapping(CUhandle name, struct mapping *mapping, CUhandle *hand
 
 CUresult mapping_make(CUdeviceptr address, size_t size, size_t offset, CUhandle name, uint64_t flags) {
     struct mapping mapping = {.address = address, .size = size, .offset = offset, .mapped = true};
-    CUcontext current = NULL;
     CUhandle handle, last = 0;
-    if (driver.cuCtxGetCurrent(&current) != CUDA_SUCCESS)
-        current = NULL;
+    context_note();
     table_lock();
     bool known = begin_mapping(name, &mapping, &handle);
     table_unlock();
@@ -99,7 +91,6 @@ CUresult mapping_make(CUdeviceptr address, size_t size, size_t offset, CUhandle 
     table_lock();
     if (known || (is_made && begin_mapping(name, &mapping, &handle))) {
         struct memory *memory = &table.items[mapping.place];
-        note_context(memory, current);
         if (!is_made || !note_mapping(&mapping)) {
             memory->mappings--;
             last = handle_let_go(memory);
@@ -157,15 +148,12 @@ static void note_access(struct mapping *mapping, const struct access *access) {
 
 CUresult mapping_set_access(CUdeviceptr address, size_t size, const struct access *access, size_t count) {
     CUresult result = driver.cuMemSetAccess(address, size, access, count);
-    CUcontext current = NULL;
     if (result != CUDA_SUCCESS)
         return result;
-    if (driver.cuCtxGetCurrent(&current) != CUDA_SUCCESS)
-        current = NULL;
+    context_note();
     table_lock();
     for (size_t i = first_after(address); i < mappings.count && mappings.items[i].address < address + size; i++) {
         struct mapping *mapping = &mappings.items[i];
-        note_context(&table.items[mapping->place], current);
         /* Of a part only: more than we keep in mind. */
         if (mapping->address < address || mapping->address + mapping->size > address + size)
             table.items[mapping->place].left = true;

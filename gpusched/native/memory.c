@@ -81,8 +81,13 @@ CUresult memory_map(struct memory *memory) {
     CUresult result = driver.cuMemMap(memory->address, memory->size, 0, memory->handle, 0);
     if (result != CUDA_SUCCESS)
         return result;
-    struct access access = {{CU_MEM_LOCATION_TYPE_DEVICE, memory->device}, CU_MEM_ACCESS_READWRITE};
-    result = driver.cuMemSetAccess(memory->address, memory->size, &access, 1);
+    struct access access[64];
+    size_t count = 0;
+    const uint64_t wanted = devices_present() | 1ull << memory->device;
+    for (int device = 0; device < 64; device++)
+        if (wanted >> device & 1)
+            access[count++] = (struct access){{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_READWRITE};
+    result = driver.cuMemSetAccess(memory->address, memory->size, access, count);
     memory->mapped = result == CUDA_SUCCESS;
     if (!memory->mapped)
         driver.cuMemUnmap(memory->address, memory->size);
@@ -125,7 +130,8 @@ CUresult memory_release(struct memory *memory) {
 static bool make(struct memory *memory, size_t size) {
     *memory = (struct memory){.size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY, .fd = -1};
     if (memory->size < size || driver.cuCtxGetCurrent(&memory->context) != CUDA_SUCCESS || memory->context == NULL ||
-        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !memory_is_possible(memory->device))
+        driver.cuCtxGetDevice(&memory->device) != CUDA_SUCCESS || !memory_is_possible(memory->device) ||
+        !devices_reach_each_other())
         return false;
     memory->asked = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     memory->properties = (struct allocation_properties){
@@ -144,9 +150,28 @@ static bool make(struct memory *memory, size_t size) {
     return false;
 }
 
+enum { AT_ONCE = 64 };
+
+void memory_allow(CUdevice device) {
+    const struct access access = {{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_READWRITE};
+    struct memory some[AT_ONCE];
+    size_t place = 0, found;
+    do {
+        table_lock();
+        for (found = 0; place < table.count && found < AT_ONCE; place++)
+            if (table.items[place].taken && table.items[place].mapped && table.items[place].device != device)
+                some[found++] = table.items[place];
+        table_unlock();
+        for (size_t i = 0; i < found; i++) /* whoever frees it meanwhile has no use for it */
+            driver.cuMemSetAccess(some[i].address, some[i].size, &access, 1);
+    } while (found == AT_ONCE);
+}
+
 /* What we cannot make the driver makes, and says why where it cannot either. */
 CUresult memory_alloc(CUdeviceptr *address, size_t size) {
     struct memory memory;
+    context_note();
+    const uint64_t before = devices_present();
     if (address == NULL || size < LEAST || !make(&memory, size))
         return driver.cuMemAlloc(address, size);
     table_lock();
@@ -159,6 +184,10 @@ CUresult memory_alloc(CUdeviceptr *address, size_t size) {
         driver.cuMemAddressFree(memory.address, memory.size);
         return driver.cuMemAlloc(address, size);
     }
+    const uint64_t since = devices_present() & ~before; /* they may not have seen it */
+    for (CUdevice device = 0; device < 64; device++)
+        if (since >> device & 1)
+            memory_allow(device);
     *address = memory.address;
     return CUDA_SUCCESS;
 }
@@ -174,6 +203,7 @@ static bool take_out(CUdeviceptr address, struct memory *taken_out) {
         *taken_out = *memory;
         index_remove(&addresses, address);
         memory->address = 0;
+        memory->context = NULL;
         memory->mapped = false;
         if (memory->references == 0 && memory->mappings == 0)
             table_remove(place);
@@ -213,12 +243,33 @@ CUresult memory_free(CUdeviceptr address) {
     return result;
 }
 
+void memory_end(CUcontext context) {
+    struct memory memory;
+    CUdeviceptr address;
+    do {
+        address = 0;
+        table_lock();
+        for (size_t i = 0; i < table.count && address == 0; i++)
+            if (table.items[i].taken && table.items[i].context == context)
+                address = table.items[i].address;
+        table_unlock();
+        if (address != 0 && take_out(address, &memory)) {
+            memory_release(&memory);
+            driver.cuMemAddressFree(memory.address, memory.size);
+        }
+    } while (address != 0);
+}
+
 /* -- while the gate is closed -------------------------------------------------------------------------------------- */
+
+CUcontext memory_context(const struct memory *memory) {
+    return memory->context != NULL ? memory->context : context_of(memory->device);
+}
 
 bool memory_is_movable(const struct memory *memory) {
     /* With something foreign there may be bindings that nobody told us of, of what can be named by a handle. */
     const bool may_be_bound = table.foreign > 0 && (memory->address == 0 || memory->references > 0);
-    return memory->taken && !memory->left && !may_be_bound && memory->context != NULL;
+    return memory->taken && !memory->left && !may_be_bound && memory_context(memory) != NULL;
 }
 
 size_t memory_movable_bytes(void) {
@@ -226,22 +277,6 @@ size_t memory_movable_bytes(void) {
     for (size_t i = 0; i < table.count; i++)
         bytes += memory_is_movable(&table.items[i]) ? table.items[i].size : 0;
     return bytes;
-}
-
-CUresult memory_synchronize(void) {
-    CUcontext last = NULL;
-    for (size_t i = 0; i < table.count; i++) {
-        struct memory *memory = &table.items[i];
-        if (!memory->taken || memory->context == NULL || memory->context == last)
-            continue;
-        CUresult result = driver.cuCtxSetCurrent(memory->context);
-        if (result == CUDA_SUCCESS)
-            result = driver.cuCtxSynchronize();
-        if (result != CUDA_SUCCESS)
-            return result;
-        last = memory->context;
-    }
-    return CUDA_SUCCESS;
 }
 
 /* The soft limit of descriptors as it was before so many were needed. */

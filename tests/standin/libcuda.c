@@ -22,7 +22,7 @@
 #define API __attribute__((visibility("default")))
 typedef int CUresult;
 typedef unsigned long long Ptr;
-enum { OK = 0, INVALID = 1, OOM = 2, NOT_INITIALIZED = 3, NOT_READY = 600, NOT_FOUND = 500, NOT_SUPPORTED = 801 };
+enum { OK = 0, INVALID = 1, INVALID_CONTEXT = 201, OOM = 2, NOT_INITIALIZED = 3, NOT_READY = 600, NOT_FOUND = 500, NOT_SUPPORTED = 801 };
 enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2 };
 
 /* -- what other processes see -------------------------------------------------------------------------------------- */
@@ -74,27 +74,43 @@ API CUresult cuInit(unsigned flags) {
     return mine == NULL ? NOT_INITIALIZED : OK;
 }
 API CUresult cuDriverGetVersion(int *version) { *version = 13000; return OK; }
-API CUresult cuDeviceGet(int *device, int n) { *device = n; return n == 0 ? OK : INVALID; }
-API CUresult cuDeviceGetCount(int *count) { *count = 1; return OK; }
+static int devices(void) { return getenv("STANDIN_DEVICES") ? atoi(getenv("STANDIN_DEVICES")) : 1; }
+API CUresult cuDeviceGet(int *device, int n) { *device = n; return n >= 0 && n < devices() ? OK : INVALID; }
+API CUresult cuDeviceGetCount(int *number) { *number = devices(); return OK; }
 API CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     *value = attribute == 102 || attribute == 103;
     return OK;
 }
 API CUresult cuDeviceGetUuid(void *uuid, int device) {
-    memset(uuid, 0x5a, 16);
-    (void)device;
+    memset(uuid, 0x5a + device, 16);
     return OK;
 }
+API CUresult cuDeviceCanAccessPeer(int *can, int device, int peer) {
+    *can = device != peer && getenv("STANDIN_NO_PEERS") == NULL;
+    return OK;
+}
+static _Atomic bool destroyed[5];
+/* A context is a number: of its device, plus two where it is not the primary one; and one, so as not to be null. */
 API CUresult cuDevicePrimaryCtxRetain(void **context, int device) {
-    static int primary;
-    (void)device;
-    *context = &primary;
+    *context = (void *)(intptr_t)(device + 1);
     return CALL(OK);
 }
-API CUresult cuCtxSetCurrent(void *context) { current = context; return CALL(OK); }
+API CUresult cuCtxCreate_v2(void **context, unsigned flags, int device) {
+    (void)flags;
+    *context = current = (void *)(intptr_t)(device + 3);
+    destroyed[device + 3] = false;
+    return CALL(OK);
+}
+API CUresult cuCtxDestroy_v2(void *context) { destroyed[(intptr_t)context] = true; return CALL(OK); }
+API CUresult cuCtxSetCurrent(void *context) {
+    current = context;
+    return CALL(destroyed[(intptr_t)context] ? INVALID_CONTEXT : OK);
+}
 API CUresult cuCtxGetCurrent(void **context) { *context = current; return CALL(OK); }
-API CUresult cuCtxGetDevice(int *device) { *device = 0; return CALL(current ? OK : INVALID); }
+static int current_device(void) { return ((int)(intptr_t)current - 1) % 2; }
+API CUresult cuCtxGetDevice(int *device) { *device = current_device(); return CALL(current ? OK : INVALID); }
+API CUresult cuCtxEnablePeerAccess(void *peer, unsigned flags) { (void)peer, (void)flags; return CALL(OK); }
 
 /* -- memory -------------------------------------------------------------------------------------------------------- */
 
@@ -340,9 +356,13 @@ static CUresult do_access(Ptr address, size_t size, const struct access *access,
         for (size_t i = 0; i < mappings; i++)
             if (overlaps(&mapped[i], address, size))
                 mapped[i].access[wish->location.id] = wish->flags;
-        if (wish->location.id == 0)
-            mprotect((void *)address, size, (wish->flags & 1 ? PROT_READ : 0) | (wish->flags & 2 ? PROT_WRITE : 0));
     }
+    for (size_t i = 0; i < mappings; i++)
+        if (overlaps(&mapped[i], address, size)) {
+            const int flags = mapped[i].access[0] | mapped[i].access[1]; /* the host is in place of any device */
+            mprotect((void *)mapped[i].address, mapped[i].size,
+                     (flags & 1 ? PROT_READ : 0) | (flags & 2 ? PROT_WRITE : 0));
+        }
     return OK;
 }
 API CUresult cuMemSetAccess(Ptr address, size_t size, const struct access *access, size_t count) {
@@ -477,9 +497,16 @@ API CUresult cuMemcpyHtoDAsync_v2(Ptr to, const void *from, size_t size, void *s
     return CALL(do_copy((void *)to, from, size));
 }
 API CUresult cuMemcpyHtoD_v2(Ptr to, const void *from, size_t size) { return CALL(do_copy((void *)to, from, size)); }
+static bool is_reached(Ptr address) {
+    const struct mapping *found = mapping_at(address);
+    return found == NULL || found->access[current_device()] == 3;
+}
+static CUresult do_copy_within(Ptr to, Ptr from, size_t size) {
+    return is_reached(to) && is_reached(from) ? do_copy((void *)to, (void *)from, size) : INVALID;
+}
 API CUresult cuMemcpyDtoDAsync_v2(Ptr to, Ptr from, size_t size, void *stream) {
     (void)stream;
-    return CALL(do_copy((void *)to, (void *)from, size));
+    return MEMORY_CALL(do_copy_within(to, from, size));
 }
 API CUresult cuMemsetD8_v2(Ptr to, unsigned char value, size_t size) {
     return CALL((do_synchronize(), memset((void *)to, value, size), OK));
@@ -526,7 +553,7 @@ API CUresult cuCheckpointProcessGetState(int pid, int *state) {
 API CUresult cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long flags, void *status) {
     static const char *const renamed[] = {"cuMemAlloc", "cuMemFree", "cuMemGetInfo", "cuMemHostRegister",
         "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8", "cuIpcOpenMemHandle",
-        "cuGetProcAddress"};
+        "cuCtxDestroy", "cuGetProcAddress"};
     static void *self;
     char symbol[128];
     (void)version, (void)flags, (void)status;

@@ -7,6 +7,7 @@ mapper.py KIND [PIECES [SEED]]      prints "ready", then "step N"; "WRONG ..." a
     exporting   as many; the first one is shared with another process, which is the program itself
     importing   as many; and has memory of somebody else mapped, which is its own
     forking     as many; with a child that does nothing
+    peers       as many by cuMemAlloc on each of two devices, copied to and fro
     ipc         as many; and tries to share memory of cuMemAlloc, and has a handle open in every other second
 """
 
@@ -18,6 +19,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from ctypes import byref, c_int, c_size_t, c_uint64, c_ulonglong, c_void_p
 from typing import Any
 
@@ -311,6 +313,50 @@ class Forking(Many):
             os._exit(0)
 
 
+class Peers:
+    """Memory of cuMemAlloc on two devices, and copies from each to the other, in a context of either."""
+
+    def __init__(self, count: int) -> None:
+        self.memory = [self._make(0, count)]
+        self.memory.append(self._make(1, count))
+        self.memory[0] += self._make(0, count)
+        self.memory[1] += self._make(1, count)
+        ended, address = c_void_p(), c_ulonglong()
+        call("cuCtxCreate_v2", byref(ended), 0, 0)
+        call("cuMemAlloc_v2", byref(address), c_size_t(PAGE))
+        call("cuCtxDestroy_v2", ended)
+        self.number = 0
+
+    def _make(self, device: int, count: int) -> list[int]:
+        use(device)
+        addresses = []
+        for _ in range(count):
+            address = c_ulonglong()
+            call("cuMemAlloc_v2", byref(address), c_size_t(PAGE))
+            addresses.append(address.value)
+        return addresses
+
+    def step(self) -> None:
+        self.number += 1
+        for number, (here, there) in enumerate(zip(*self.memory, strict=True)):
+            write(here, self.number << 20 | number)
+            for device, (target, source) in enumerate(((there, here), (here, there))):
+                use(device)
+                pair = c_ulonglong(target), c_ulonglong(source)
+                call("cuMemcpyDtoDAsync_v2", *pair, c_size_t(PAGE), None)
+            if {read(here), read(there)} != {self.number << 20 | number}:
+                fail("copied", read(here), read(there))
+
+    def check(self) -> None:
+        pass
+
+
+def use(device: int) -> None:
+    context = c_void_p()
+    call("cuDevicePrimaryCtxRetain", byref(context), device)
+    call("cuCtxSetCurrent", context)
+
+
 class IpcHandle(ctypes.Structure):
     _fields_ = (("words", c_ulonglong * 8),)
 
@@ -339,22 +385,23 @@ class Ipc(Many):
             self.opened = None
 
 
-KINDS = {
+KINDS: dict[str, Callable[[int], Many | Peers]] = {
     "many": Many,
     "exporting": Exporting,
     "importing": Importing,
     "forking": Forking,
     "ipc": Ipc,
+    "peers": Peers,
 }
 
 
 def main() -> None:
     kind, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8
-    context = c_void_p()
     call("cuInit", 0)
-    call("cuDevicePrimaryCtxRetain", byref(context), 0)
-    call("cuCtxSetCurrent", context)
-    made: Random | Many = Random(int(sys.argv[3])) if kind == "random" else KINDS[kind](count)
+    use(0)
+    made: Random | Many | Peers = (
+        Random(int(sys.argv[3])) if kind == "random" else KINDS[kind](count)
+    )
     print("ready", flush=True)
     number = 0
     with contextlib.suppress(KeyboardInterrupt):
