@@ -18,7 +18,7 @@ struct table table = {0};
 static struct index addresses; /* of cuMemAlloc's */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-enum { GRANULARITY = 2 << 20, LEAST = 2 << 20, HIGH_FD = 500 };
+enum { GRANULARITY = 2 << 20, LEAST = 2 << 20, HIGH_FD = 500, MANY_FDS = 8192 };
 
 /* -- the table ----------------------------------------------------------------------------------------------------- */
 
@@ -284,7 +284,8 @@ static struct rlimit before;
 
 void memory_raise_limit(void) {
     struct rlimit now;
-    if (before.rlim_max != 0 || getrlimit(RLIMIT_NOFILE, &now) != 0 || now.rlim_cur == now.rlim_max)
+    if (before.rlim_max != 0 || getrlimit(RLIMIT_NOFILE, &now) != 0 || now.rlim_cur == now.rlim_max ||
+        now.rlim_cur >= MANY_FDS + table.count)
         return;
     before = now;
     now.rlim_cur = now.rlim_max;

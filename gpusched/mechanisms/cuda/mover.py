@@ -167,21 +167,20 @@ class Mover:
     def _go(self, *, out: bool) -> None:
         if self._staged:
             self._synchronize()
-        bare: list[tuple[int, int, int]] = []  # device, host, bytes
+        bare: list[list[Any]] = []  # device, chunk, offset, bytes
         for address, parts in self._taken:
             device = address
             for chunk, offset, size in parts:
                 staged, there = self._staged.get((chunk, offset), (0, 0))
-                host = self._host(chunk, offset, size)
                 if there == size and not out:
                     self._call("cuMemcpyDtoDAsync", device, staged, size, self._streams[0])
-                elif bare and (sum(bare[-1][::2]), sum(bare[-1][1:])) == (device, host):
-                    bare[-1] = (*bare[-1][:2], bare[-1][2] + size)  # goes on where the last ends
+                elif bare and _goes_on(bare[-1], device, chunk, offset):
+                    bare[-1][3] += size
                 else:
-                    bare.append((device, host, size))
+                    bare.append([device, chunk, offset, size])
                 device += size
-        for device, host, size in bare:
-            self._transfer(device, host, size, out=out)
+        for device, chunk, offset, size in bare:
+            self._transfer(device, self._host(chunk, offset, size), size, out=out)
         self._taken.clear()
 
     def _host(self, chunk: str, offset: int, size: int) -> int:
@@ -258,6 +257,12 @@ class Mover:
             mapped, self._mapped = self._mapped, []
             for address, parts in mapped:
                 self._unmap(address, parts, address + sum(size for size, _ in parts))
+
+
+def _goes_on(last: list[Any], device: int, chunk: str, offset: int) -> bool:
+    """Within one chunk: two that lie side by side are registered apart, and not to be copied as one."""
+    begin, its_chunk, its_offset, size = last
+    return (begin + size, its_chunk, its_offset + size) == (device, chunk, offset)
 
 
 def _populate(area: tuple[int, int]) -> int:

@@ -15,9 +15,9 @@ import errno
 import itertools
 import mmap
 import os
-import resource
 import socket
 import struct
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -192,8 +192,8 @@ class Target:
     def can_hold(self, count: int) -> bool:
         """Whether it may have so many descriptors more."""
         try:
-            _, most = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
             there = len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - the names alone
+            most = _most_descriptors(Path(f"/proc/{self.pid}/limits").read_text())
         except OSError:
             return False
         return there + count + _SPARE_FDS <= most
@@ -347,6 +347,15 @@ def _understand(data: bytes) -> tuple[int, int, list[Piece], int, int] | None:
     if total > _MOST_PLACES:
         return None
     return sequence, status, pieces, following, total
+
+
+def _most_descriptors(limits: str) -> int:
+    """The hard limit, of a file ``/proc/PID/limits``; 0 where it does not say."""
+    for line in limits.splitlines():
+        if line.startswith("Max open files"):
+            hard = line.split()[4]
+            return int(hard) if hard.isdigit() else sys.maxsize
+    return 0
 
 
 def _getfd(pidfd: int, number: int) -> int:
