@@ -20,6 +20,7 @@ import standin_cuda
 from daemons import wait_until
 from direct_bench import Bench, kill_movers, memory_files, off, thaw_whatever
 from gpusched import errors
+from gpusched.mechanisms.cuda import mover_client
 from gpusched.mechanisms.cuda.target import Target
 from gpusched.ports import DriverState
 from gpusched.units import MIB
@@ -52,7 +53,7 @@ def test_whatever_a_program_does_with_its_memory_all_of_it_moves(
     bench: Bench, standin: Path, tmp_path: Path, keep_context: bool
 ) -> None:
     rng = random.Random(seed())
-    with start(standin, tmp_path, "random", 0, rng.randrange(10**6)) as program:
+    with start(standin, tmp_path, "random", 3, rng.randrange(10**6)) as program:
         for _ in range(15):
             time.sleep(rng.uniform(0, 0.05))
             bench.freeze(program.pid, keep_context=keep_context)
@@ -68,7 +69,7 @@ def test_whatever_a_program_does_with_its_memory_all_of_it_moves(
 def test_it_comes_back_from_its_own_memory_as_it_was(
     bench: Bench, standin: Path, tmp_path: Path
 ) -> None:
-    with start(standin, tmp_path, "random", 0, seed()) as program:
+    with start(standin, tmp_path, "random", 3, seed()) as program:
         for _ in range(3):
             bench.freeze(program.pid)
             os.kill(program.pid, signal.SIGSTOP)
@@ -87,8 +88,9 @@ def test_a_mover_killed_at_any_moment_loses_nothing_of_it(
     bench: Bench, standin: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(seed())
-    with start(standin, tmp_path, "random", 0, rng.randrange(10**6)) as program:
+    with start(standin, tmp_path, "random", 3, rng.randrange(10**6)) as program:
         bench.freeze(program.pid)
+        assert bench.direct.last(program.pid).path == "direct"
         bench.thaw(program.pid)
         for _ in range(8):
             for move in (bench.freeze, bench.thaw):
@@ -127,12 +129,12 @@ def test_what_a_program_has_shared_stays_and_the_rest_moves(
     bench: Bench, standin: Path, tmp_path: Path
 ) -> None:
     with start(standin, tmp_path, "exporting", 8) as program:
-        assert len(pieces(program.pid)) == 7
+        assert len(pieces(program.pid)) == 6
         for keep_context in (False, True):
             bench.freeze(program.pid, keep_context=keep_context)
             assert bench.direct.last(program.pid).path == "direct"
-            # Its handle, its mapping, and the descriptor that was given away.
-            assert memory_files(program.pid) == 3
+            # Their handles, their mappings, and the descriptor that was given away.
+            assert memory_files(program.pid) == 5
             bench.thaw(program.pid)
             program.runs_on()
 
@@ -184,6 +186,29 @@ def test_a_child_that_it_forked_does_not_matter(
             assert bench.direct.last(program.pid).path == "direct"
             bench.thaw(program.pid)
             program.runs_on()
+
+
+def test_one_that_dies_in_any_phase_takes_nothing_with_it(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    for delay in (0.0, 0.01, 0.03):
+        with start(standin, tmp_path, "random", 2, seed()) as program:
+            killer = threading.Timer(delay, program.process.kill)
+            killer.start()
+            with pytest.raises((errors.GpuschedError, OSError)):
+                while True:
+                    bench.freeze(program.pid)
+                    bench.thaw(program.pid)
+            killer.join()
+    bench.direct.forget_dead()
+    assert bench.direct.pool.snapshots() == []
+
+
+def test_many_pieces_are_few_slices(bench: Bench, tmp_path: Path) -> None:
+    """A message to the mover has bounds."""
+    taken = bench.direct.pool.take(1, 2, 3, [(place, "GPU-a", PAGE) for place in range(100)])
+    merged = mover_client._merged(list(taken.slices()))
+    assert [size for _, _, size in merged] == [16 * MIB] * 12 + [8 * MIB]
 
 
 # -- several devices ------------------------------------------------------------------------------

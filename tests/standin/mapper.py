@@ -1,10 +1,11 @@
 """Makes, maps and shares physical memory by itself, without pause, and checks all of it; see ``test_direct_mapped.py``.
 
-mapper.py KIND [PIECES [SEED]]      prints "ready", then "step N"; "WRONG ..." and exit status 3 where it is not right
+mapper.py KIND PIECES [SEED]      prints "step N"; "WRONG ..." and exit status 3 where it is not right
 
-    random      every call that there is, at random: several mappings of one piece, parts, handles released and retained
+    random      in so many threads every call that there is, at random: several mappings of one piece, parts of it,
+                handles that are released and retained, also of what cuMemAlloc made
     many        so many small pieces, side by side in one range, each written in every step
-    exporting   as many; the first one is shared with another process, which is the program itself
+    exporting   as many; the first two are shared, by handle and by their addresses
     importing   as many; and has memory of somebody else mapped, which is its own
     forking     as many; with a child that does nothing
     peers       as many by cuMemAlloc on each of two devices, copied to and fro
@@ -13,11 +14,12 @@ mapper.py KIND [PIECES [SEED]]      prints "ready", then "step N"; "WRONG ..." a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import itertools
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from ctypes import byref, c_int, c_size_t, c_uint64, c_ulonglong, c_void_p
@@ -94,6 +96,12 @@ def release(handle: int) -> None:
     call("cuMemRelease", c_ulonglong(handle))
 
 
+def retain(address: int) -> int:
+    handle = c_ulonglong()
+    call("cuMemRetainAllocationHandle", byref(handle), c_void_p(address))
+    return handle.value
+
+
 def allow(address: int, size: int, flags: int, device: int = 0) -> None:
     access = Access(Location(1, device), flags)
     call("cuMemSetAccess", c_ulonglong(address), c_size_t(size), byref(access), c_size_t(1))
@@ -125,8 +133,15 @@ class Mapping:
 class Piece:
     """What one allocation should be: the value at the beginning of each of its pages, and who refers to it."""
 
-    def __init__(self, size: int, rdma: int) -> None:
-        self.handle, self.rdma = create(size, rdma=rdma), rdma
+    def __init__(self, size: int, rdma: int, *, by_alloc: bool) -> None:
+        self.rdma, self.own, self.handle_types = rdma, 0, 0
+        if by_alloc:
+            address = c_ulonglong()
+            call("cuMemAlloc_v2", byref(address), c_size_t(size))
+            self.own, self.rdma, self.handle_types = address.value, 0, 1
+            self.handle = retain(self.own)
+        else:
+            self.handle = create(size, rdma=rdma)
         self.references, self.values = 1, [0] * (size // PAGE)
         self.mappings: list[Mapping] = []
 
@@ -137,17 +152,24 @@ class Random:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.pieces: list[Piece] = []
-        self.range, self.free = reserve(64 * PAGE), set(range(64))
+        self.range, self.spare = reserve(64 * PAGE), set(range(64))
 
     def step(self) -> None:
         steps = [self.make, self.map, self.unmap, self.allow, self.release, self.retain, self.write]
-        self.rng.choice([*steps, self.map, self.allow, self.write, self.write])()
-        self.pieces = [piece for piece in self.pieces if piece.references or piece.mappings]
+        self.rng.choice([*steps, self.free, self.map, self.allow, self.write, self.write])()
+        self.pieces = [p for p in self.pieces if p.references or p.mappings or p.own]
 
     def make(self) -> None:
         if len(self.pieces) < MOST_PIECES:
             size = self.rng.randrange(PAGE, MOST_BYTES + 1, PAGE)
-            self.pieces.append(Piece(size, self.rng.randrange(2)))
+            by_alloc = self.rng.randrange(4) == 0
+            self.pieces.append(Piece(size, self.rng.randrange(2), by_alloc=by_alloc))
+
+    def free(self) -> None:
+        piece = self.a_piece(named=False)
+        if piece is not None and piece.own and (piece is not self.pieces[0] or piece.references):
+            call("cuMemFree_v2", c_ulonglong(piece.own))
+            piece.own = 0
 
     def a_piece(self, *, named: bool) -> Piece | None:
         found = [p for p in self.pieces if bool(p.references) or not named]
@@ -163,10 +185,10 @@ class Random:
             return
         first = self.rng.randrange(len(piece.values))
         pages = self.rng.randint(1, len(piece.values) - first)
-        places = [p for p in self.free if self.free >= set(range(p, p + pages))]
+        places = [p for p in self.spare if self.spare >= set(range(p, p + pages))]
         if places:
             place = self.rng.choice(places)
-            self.free -= set(range(place, place + pages))
+            self.spare -= set(range(place, place + pages))
             mapping = Mapping(piece, self.range + place * PAGE, pages * PAGE, first * PAGE)
             map_(mapping.address, mapping.size, mapping.offset, piece.handle)
             piece.mappings.append(mapping)
@@ -176,7 +198,7 @@ class Random:
         if mapping is not None:
             unmap(mapping.address, mapping.size)
             place = (mapping.address - self.range) // PAGE
-            self.free |= set(range(place, place + mapping.size // PAGE))
+            self.spare |= set(range(place, place + mapping.size // PAGE))
             mapping.piece.mappings.remove(mapping)
 
     def allow(self) -> None:
@@ -203,16 +225,11 @@ class Random:
         mapping = self.a_mapping()
         if mapping is None:
             return
-        handle = c_ulonglong()
-        call(
-            "cuMemRetainAllocationHandle",
-            byref(handle),
-            c_void_p(mapping.address + mapping.size - 8),
-        )
+        handle = retain(mapping.address + mapping.size - 8)
         piece = mapping.piece
-        if piece.references and handle.value != piece.handle:
-            fail("handle", piece.handle, handle.value)
-        piece.handle = handle.value
+        if piece.references and handle != piece.handle:
+            fail("handle", piece.handle, handle)
+        piece.handle = handle
         piece.references += 1
 
     def write(self) -> None:
@@ -232,11 +249,14 @@ class Random:
                 self._check_properties(piece)
             for mapping in piece.mappings:
                 self._check_mapping(mapping)
+            for page, value in enumerate(piece.values if piece.own else ()):
+                if read(piece.own + page * PAGE) != value:
+                    fail("contents of", piece.own, "at page", page)
 
     def _check_properties(self, piece: Piece) -> None:
         found = Properties()
         call("cuMemGetAllocationPropertiesFromHandle", byref(found), c_ulonglong(piece.handle))
-        if (found.handle_types, found.rdma) != (0, piece.rdma):
+        if (found.handle_types, found.rdma) != (piece.handle_types, piece.rdma):
             fail("properties", found.handle_types, found.rdma)
 
     def _check_mapping(self, mapping: Mapping) -> None:
@@ -282,6 +302,9 @@ class Exporting(Many):
     def __init__(self, count: int) -> None:
         super().__init__(count, handle_types=1)
         self.fd = exported(self.handles[0])
+        fd = c_int()
+        second = c_ulonglong(self.begin + PAGE), c_size_t(PAGE)
+        call("cuMemGetHandleForAddressRange", byref(fd), *second, 1, c_ulonglong(0))
 
     def check(self) -> None:
         """Whoever has the descriptor sees what is written: it is the same memory still."""
@@ -395,22 +418,28 @@ KINDS: dict[str, Callable[[int], Many | Peers]] = {
 }
 
 
+def work(made: Random | Many | Peers, every: int, *, report: bool) -> None:
+    use(0)
+    for number in itertools.count(1):
+        made.step()
+        if number % every == 0:
+            made.check()
+            if report:
+                print("step", number, flush=True)
+
+
 def main() -> None:
-    kind, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    kind, count = sys.argv[1], int(sys.argv[2])
     call("cuInit", 0)
     use(0)
-    made: Random | Many | Peers = (
-        Random(int(sys.argv[3])) if kind == "random" else KINDS[kind](count)
-    )
-    print("ready", flush=True)
-    number = 0
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            number += 1
-            made.step()
-            if kind != "random" or number % 10 == 0:
-                made.check()
-                print("step", number, flush=True)
+    if kind == "random":
+        for number in range(1, count):
+            other = Random(int(sys.argv[3]) + number)
+            threading.Thread(
+                target=work, args=(other, 10), kwargs={"report": False}, daemon=True
+            ).start()
+        work(Random(int(sys.argv[3])), 10, report=True)
+    work(KINDS[kind](count), 1, report=True)
 
 
 main()

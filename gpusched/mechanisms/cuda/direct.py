@@ -120,7 +120,7 @@ class DirectDriver:
         begun = time.monotonic()
         with contextlib.suppress(errors.DriverError), _find(pid) as target:
             try:
-                if target is not None and target.pieces():
+                if target is not None and target.has_pieces():
                     target.close_gate(min(_GATE_S, timeout_s))
                     return
             except (errors.GpuschedError, TimeoutError, Refused) as error:

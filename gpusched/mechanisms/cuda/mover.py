@@ -7,8 +7,7 @@ loses no contents.
 
     {"op": "open", "directory": PATH, "chunks": {NAME: BYTES}}   maps and registers chunks of the pool
     {"op": "close", "chunks": [NAME]}                            the reverse
-    {"op": "stage", "pieces": [[[NAME, OFFSET, BYTES], ...], ...]}
-                                                                 begins copying into VRAM of its own, where room is
+    {"op": "stage", "slices": [[NAME, OFFSET, BYTES], ...]}      begins copying into VRAM of its own, where room is
     {"op": "take", "pieces": [...]} + descriptors                maps memory of others; each piece is one allocation
     {"op": "go", "out": true}                                    begins copying between the pool and what was taken
     {"op": "ping"}                                               answers
@@ -72,7 +71,7 @@ class Mover:
         self._chunks: dict[str, tuple[int, int]] = {}
         self._mapped: list[tuple[int, list[tuple[int, Any]]]] = []  # address; bytes, handle
         self._taken: list[tuple[int, list[Slice]]] = []  # address, where its contents are
-        self._staged: dict[tuple[str, int], tuple[int, int]] = {}  # chunk, offset -> address, bytes
+        self._staged: dict[str, list[tuple[int, int, int]]] = {}  # chunk -> offset, bytes, address
         self._stage = 0
 
     def perform(self, request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class Mover:
                 for name in request["chunks"]:
                     self._close(name)
             case "stage":
-                self._begin_staging(request["pieces"])
+                self._begin_staging(request["slices"])
             case "take":
                 self._take(request["pieces"], fds)
             case "go":
@@ -137,9 +136,9 @@ class Mover:
 
     # -- copying
 
-    def _begin_staging(self, pieces: list[list[Slice]]) -> None:
+    def _begin_staging(self, slices: list[Slice]) -> None:
         """No room is no failure: then the contents come in later, all of them over the bus."""
-        total = sum(size for parts in pieces for _, _, size in parts)
+        total = sum(size for _, _, size in slices)
         free, _ = self._call("cuMemGetInfo")
         room = min(total, free - total - _LEAVE_BYTES)
         if room < _LEAST_STAGED:
@@ -148,12 +147,20 @@ class Mover:
         if result != self._cuda.CUresult.CUDA_SUCCESS:
             return
         self._stage = here = int(stage)
-        for chunk, offset, size in (part for parts in pieces for part in parts):
-            if here + size > self._stage + room:
+        for chunk, offset, wanted in slices:
+            size = min(wanted, self._stage + room - here)
+            if size <= 0:
                 break
-            self._staged[chunk, offset] = (here, size)
+            self._staged.setdefault(chunk, []).append((offset, size, here))
             self._transfer(here, self._host(chunk, offset, size), size, out=False)
             here += size
+
+    def _staged_at(self, chunk: str, offset: int, size: int) -> int:
+        """Where a slice was staged to; 0: not, or not all of it."""
+        for begin, length, address in self._staged.get(chunk, ()):
+            if begin <= offset and offset + size <= begin + length:
+                return address + offset - begin
+        return 0
 
     def _take(self, pieces: list[list[Slice]], fds: list[int]) -> None:
         if len(pieces) != len(fds):
@@ -165,22 +172,26 @@ class Mover:
             address += size
 
     def _go(self, *, out: bool) -> None:
+        """In copies as long as they can be; not over two chunks, which are registered apart though side by side."""
         if self._staged:
             self._synchronize()
-        bare: list[list[Any]] = []  # device, chunk, offset, bytes
+        copies: list[list[Any]] = []  # chunk, or "" where staged; device, source, bytes
         for address, parts in self._taken:
             device = address
             for chunk, offset, size in parts:
-                staged, there = self._staged.get((chunk, offset), (0, 0))
-                if there == size and not out:
-                    self._call("cuMemcpyDtoDAsync", device, staged, size, self._streams[0])
-                elif bare and _goes_on(bare[-1], device, chunk, offset):
-                    bare[-1][3] += size
+                staged = 0 if out else self._staged_at(chunk, offset, size)
+                copy = ["", device, staged, size] if staged else None
+                copy = copy or [chunk, device, self._host(chunk, offset, size), size]
+                if copies and _goes_on(copies[-1], copy):
+                    copies[-1][3] += size
                 else:
-                    bare.append([device, chunk, offset, size])
+                    copies.append(copy)
                 device += size
-        for device, chunk, offset, size in bare:
-            self._transfer(device, self._host(chunk, offset, size), size, out=out)
+        for chunk, device, source, size in copies:
+            if chunk:
+                self._transfer(device, source, size, out=out)
+            else:
+                self._call("cuMemcpyDtoDAsync", device, source, size, self._streams[0])
         self._taken.clear()
 
     def _host(self, chunk: str, offset: int, size: int) -> int:
@@ -259,10 +270,9 @@ class Mover:
                 self._unmap(address, parts, address + sum(size for size, _ in parts))
 
 
-def _goes_on(last: list[Any], device: int, chunk: str, offset: int) -> bool:
-    """Within one chunk: two that lie side by side are registered apart, and not to be copied as one."""
-    begin, its_chunk, its_offset, size = last
-    return (begin + size, its_chunk, its_offset + size) == (device, chunk, offset)
+def _goes_on(last: list[Any], copy: list[Any]) -> bool:
+    chunk, device, source, size = last
+    return [chunk, device + size, source + size] == copy[:3]
 
 
 def _populate(area: tuple[int, int]) -> int:

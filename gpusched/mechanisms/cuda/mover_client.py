@@ -52,7 +52,7 @@ class Mover:
 
     def stage(self, pieces: Sequence[Sequence[Slice]]) -> None:
         """Begins to bring contents onto the GPU for which no memory is there yet. Returns before that is done."""
-        self._ask({"op": "stage", "pieces": _listed(pieces)}, _PATIENCE_S)
+        self._ask({"op": "stage", "slices": _merged(pieces)}, _PATIENCE_S)
 
     def take(self, pieces: Sequence[Sequence[Slice]], fds: Sequence[int]) -> None:
         """Memory of another process, and where its contents belong; the descriptors stay the caller's."""
@@ -165,6 +165,17 @@ class Mover:
 
 def _listed(pieces: Sequence[Sequence[Slice]]) -> list[list[tuple[str, int, int]]]:
     return [[(s.chunk, s.offset, s.size_bytes) for s in piece] for piece in pieces]
+
+
+def _merged(pieces: Sequence[Sequence[Slice]]) -> list[list[Any]]:
+    """Slices that go on where the last ends, as one: a message has bounds, and thousands of pieces exceed them."""
+    found: list[list[Any]] = []
+    for one in (slice_ for piece in pieces for slice_ in piece):
+        if found and [one.chunk, one.offset] == [found[-1][0], found[-1][1] + found[-1][2]]:
+            found[-1][2] += one.size_bytes
+        else:
+            found.append([one.chunk, one.offset, one.size_bytes])
+    return found
 
 
 class Movers:

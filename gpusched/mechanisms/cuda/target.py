@@ -189,6 +189,10 @@ class Target:
         """All that can be moved. Raises Refused, TimeoutError."""
         return [piece for batch, _ in self._all(Operation.LIST, _LOOK_S) for piece in batch]
 
+    def has_pieces(self) -> bool:
+        """Whether anything can be moved. Raises Refused, TimeoutError."""
+        return next(self._all(Operation.LIST, _LOOK_S), None) is not None
+
     def can_hold(self, count: int) -> bool:
         """Whether it may have so many descriptors more."""
         try:
