@@ -188,6 +188,18 @@ def test_a_child_that_it_forked_does_not_matter(
             program.runs_on()
 
 
+def test_a_graph_that_is_being_captured_is_not_spoiled(
+    bench: Bench, standin: Path, tmp_path: Path
+) -> None:
+    with start(standin, tmp_path, "capturing", 4) as program:
+        for _ in range(10):
+            time.sleep(random.uniform(0, 0.02))
+            bench.freeze(program.pid)
+            assert bench.direct.last(program.pid).path == "direct"
+            bench.thaw(program.pid)
+        program.runs_on()
+
+
 def test_one_that_dies_in_any_phase_takes_nothing_with_it(
     bench: Bench, standin: Path, tmp_path: Path
 ) -> None:

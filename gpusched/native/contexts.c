@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #include "direct.h"
 
-enum { MOST = 64, INVALID_CONTEXT = 201, ALREADY_ENABLED = 704, CONTEXT_IS_DESTROYED = 709 };
+enum { MOST = 64, INVALID_CONTEXT = 201, ALREADY_ENABLED = 704, CONTEXT_IS_DESTROYED = 709, SPOILED = 901 };
 
 static struct {
     CUcontext context;
@@ -81,6 +81,38 @@ CUresult contexts_synchronize(void) {
     return result;
 }
 
+static _Atomic uint32_t captures, held;
+
+void captures_hold(bool wanted) {
+    if (wanted)
+        atomic_store(&held, 1);
+    else
+        gate_wake(&held);
+}
+
+void capture_wait(void) {
+    while (atomic_load(&held))
+        gate_wait(self, &held);
+}
+
+CUresult capture_begun(CUresult result) {
+    if (result == CUDA_SUCCESS)
+        atomic_fetch_add(&captures, 1);
+    return result;
+}
+
+CUresult capture_ended(CUresult result) {
+    uint32_t before = atomic_load(&captures);
+    if (result == CUDA_SUCCESS || result == SPOILED)
+        while (before > 0 && !atomic_compare_exchange_weak(&captures, &before, before - 1))
+            ;
+    return result;
+}
+
+bool captures_are_on(void) {
+    return atomic_load(&captures) > 0;
+}
+
 uint64_t devices_present(void) {
     return atomic_load(&present);
 }
@@ -126,5 +158,7 @@ CUresult context_destroy(CUcontext context) {
 
 void contexts_after_fork(void) {
     count = 0;
+    atomic_store(&captures, 0);
+    atomic_store(&held, 0);
     atomic_store(&present, 0);
 }

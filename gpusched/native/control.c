@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE_NAME "gpusched-direct"
@@ -187,8 +188,27 @@ static CUresult attach(bool from_shelter) {
     return CUDA_SUCCESS;
 }
 
+/* Not while a graph is captured: the wait that follows would spoil it. So those that have begun end first. */
+static bool close_between_captures(unsigned timeout_ms) {
+    bool closed = false;
+    captures_hold(true);
+    for (unsigned waited_ms = 0; !closed && waited_ms < timeout_ms && !atomic_load(&page->cancel); waited_ms++) {
+        if (captures_are_on()) {
+            nanosleep(&(struct timespec){.tv_nsec = 1000 * 1000}, NULL);
+            continue;
+        }
+        if (!gate_close(timeout_ms - waited_ms))
+            break;
+        closed = !captures_are_on();
+        if (!closed)
+            gate_open();
+    }
+    captures_hold(false);
+    return closed;
+}
+
 static CUresult close_gate(unsigned timeout_ms) {
-    if (!gate_close(timeout_ms))
+    if (!close_between_captures(timeout_ms))
         return -ETIMEDOUT;
     CUresult result = contexts_synchronize();
     if (result != CUDA_SUCCESS || atomic_load(&page->cancel)) {

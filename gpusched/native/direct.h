@@ -67,6 +67,12 @@ struct driver {
     CUresult (*cuCtxSetCurrent)(CUcontext);
     CUresult (*cuCtxGetDevice)(CUdevice *);
     CUresult (*cuCtxSynchronize)(void);
+    CUresult (*cuStreamBeginCapture_v2)(void *, int);
+    CUresult (*cuStreamBeginCapture_v2_ptsz)(void *, int);
+    CUresult (*cuStreamBeginCaptureToGraph)(void *, void *, const void *, const void *, size_t, int);
+    CUresult (*cuStreamBeginCaptureToGraph_ptsz)(void *, void *, const void *, const void *, size_t, int);
+    CUresult (*cuStreamEndCapture)(void *, void *);
+    CUresult (*cuStreamEndCapture_ptsz)(void *, void *);
     CUresult (*cuCtxEnablePeerAccess)(CUcontext, unsigned);
     CUresult (*cuCtxDestroy)(CUcontext);
     CUresult (*cuDeviceGetCount)(int *);
@@ -113,7 +119,10 @@ extern __thread struct thread *self HIDDEN __attribute__((tls_model("initial-exe
 extern _Atomic uint32_t gate_closed HIDDEN;
 
 HIDDEN struct thread *gate_join(void);
-HIDDEN void gate_wait(struct thread *thread);
+/* Outside, until the word is 0 and the gate is open. */
+HIDDEN void gate_wait(struct thread *thread, _Atomic uint32_t *word);
+/* Makes it 0. */
+HIDDEN void gate_wake(_Atomic uint32_t *word);
 
 static inline struct thread *gate_enter(void) {
     struct thread *thread = self;
@@ -123,7 +132,7 @@ static inline struct thread *gate_enter(void) {
         /* A full barrier: either the closer sees us inside, or we see the gate closed. */
         atomic_exchange(&thread->inside, 1);
         if (!LIKELY(atomic_load(&gate_closed) == 0))
-            gate_wait(thread);
+            gate_wait(thread, &gate_closed);
     }
     return thread;
 }
@@ -230,6 +239,13 @@ HIDDEN void memory_after_fork(void);
 HIDDEN void context_note(void);
 HIDDEN CUresult context_destroy(CUcontext context);
 HIDDEN CUresult peer_enable(CUcontext peer, unsigned flags);
+/* Graphs are being captured: to wait for a context now would spoil them. Held, no further one begins. */
+HIDDEN bool captures_are_on(void);
+HIDDEN void captures_hold(bool held);
+/* Before a call that begins a capture, and what it has answered, or one that ends it. */
+HIDDEN void capture_wait(void);
+HIDDEN CUresult capture_begun(CUresult result);
+HIDDEN CUresult capture_ended(CUresult result);
 /* One of a device; NULL: none is known. */
 HIDDEN CUcontext context_of(CUdevice device);
 /* Those that have a context, as bits. */

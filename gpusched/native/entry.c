@@ -115,6 +115,25 @@ ANSWERED(cuIpcGetMemHandle, ipc_get, (void *a, CUdeviceptr b), (a, b))
 ANSWERED(cuIpcOpenMemHandle, ipc_open, (CUdeviceptr * a, struct ipc_handle b, unsigned c), (a, b, c))
 ANSWERED(cuIpcCloseMemHandle, ipc_close, (CUdeviceptr a), (a))
 
+
+#define BEGINS(call, parameters, arguments)                                                                            \
+    static CUresult begin_##call parameters {                                                                          \
+        capture_wait();                                                                                                \
+        return capture_begun(driver.call arguments);                                                                   \
+    }                                                                                                                  \
+    ANSWERED(call, begin_##call, parameters, arguments)
+BEGINS(cuStreamBeginCapture_v2, (void *a, int b), (a, b))
+BEGINS(cuStreamBeginCapture_v2_ptsz, (void *a, int b), (a, b))
+BEGINS(cuStreamBeginCaptureToGraph, (void *a, void *b, const void *c, const void *d, size_t e, int f),
+       (a, b, c, d, e, f))
+BEGINS(cuStreamBeginCaptureToGraph_ptsz, (void *a, void *b, const void *c, const void *d, size_t e, int f),
+       (a, b, c, d, e, f))
+#define ENDS(call)                                                                                                     \
+    static CUresult end_##call(void *a, void *b) { return capture_ended(driver.call(a, b)); }                          \
+    ANSWERED(call, end_##call, (void *a, void *b), (a, b))
+ENDS(cuStreamEndCapture)
+ENDS(cuStreamEndCapture_ptsz)
+
 static void *replace(const char *name, void *found);
 
 static CUresult get_proc_address(const char *name, void **found, int version, uint64_t flags, void *status) {
@@ -131,18 +150,20 @@ static CUresult get_proc_address_v1(const char *name, void **found, int version,
     return get_proc_address(name, found, version, flags, NULL);
 }
 
-#define AS_ASKED(call, version) {#call, #call, version, (void *)answer_##call}
+#define AS_ASKED(call, version) {#call, #call, version, 0, (void *)answer_##call}
+enum { OF_THREAD = 2 }; /* cuGetProcAddress is to answer for a default stream for each thread */
 static const struct {
     const char *name;  /* as dlsym knows it */
     const char *asked; /* and cuGetProcAddress, with the version */
     int version;
+    uint64_t flags;
     void *ours;
 } replaced[] = {
-    {"cuInit", "cuInit", 2000, (void *)init},
-    {"cuMemAlloc_v2", "cuMemAlloc", 3020, (void *)alloc},
-    {"cuMemFree_v2", "cuMemFree", 3020, (void *)free_},
-    {"cuGetProcAddress_v2", "cuGetProcAddress", 12000, (void *)get_proc_address},
-    {"cuGetProcAddress", "cuGetProcAddress", 11030, (void *)get_proc_address_v1},
+    {"cuInit", "cuInit", 2000, 0, (void *)init},
+    {"cuMemAlloc_v2", "cuMemAlloc", 3020, 0, (void *)alloc},
+    {"cuMemFree_v2", "cuMemFree", 3020, 0, (void *)free_},
+    {"cuGetProcAddress_v2", "cuGetProcAddress", 12000, 0, (void *)get_proc_address},
+    {"cuGetProcAddress", "cuGetProcAddress", 11030, 0, (void *)get_proc_address_v1},
     AS_ASKED(cuMemCreate, 10020),
     AS_ASKED(cuMemRelease, 10020),
     AS_ASKED(cuMemMap, 10020),
@@ -154,10 +175,17 @@ static const struct {
     AS_ASKED(cuMemGetAllocationPropertiesFromHandle, 10020),
     AS_ASKED(cuMemGetHandleForAddressRange, 11070),
     AS_ASKED(cuCtxEnablePeerAccess, 4000),
-    {"cuCtxDestroy_v2", "cuCtxDestroy", 4000, (void *)answer_cuCtxDestroy},
+    {"cuCtxDestroy_v2", "cuCtxDestroy", 4000, 0, (void *)answer_cuCtxDestroy},
     AS_ASKED(cuIpcGetMemHandle, 4010),
-    {"cuIpcOpenMemHandle_v2", "cuIpcOpenMemHandle", 11000, (void *)answer_cuIpcOpenMemHandle},
+    {"cuIpcOpenMemHandle_v2", "cuIpcOpenMemHandle", 11000, 0, (void *)answer_cuIpcOpenMemHandle},
     AS_ASKED(cuIpcCloseMemHandle, 4010),
+#define CAPTURES(call, suffix, version, flags) {#call #suffix, #call, version, flags, (void *)answer_##call##suffix}
+    CAPTURES(cuStreamBeginCapture, _v2, 10010, 0),
+    CAPTURES(cuStreamBeginCapture, _v2_ptsz, 10010, OF_THREAD),
+    CAPTURES(cuStreamBeginCaptureToGraph, , 12030, 0),
+    CAPTURES(cuStreamBeginCaptureToGraph, _ptsz, 12030, OF_THREAD),
+    CAPTURES(cuStreamEndCapture, , 10000, 0),
+    CAPTURES(cuStreamEndCapture, _ptsz, 10000, OF_THREAD),
 };
 enum { REPLACED = sizeof replaced / sizeof *replaced };
 /* The driver's functions of those names, by both ways to ask for them. */
@@ -197,6 +225,12 @@ static void find_driver(void) {
         {"cuCtxSetCurrent", &driver.cuCtxSetCurrent},
         {"cuCtxGetDevice", &driver.cuCtxGetDevice},
         {"cuCtxSynchronize", &driver.cuCtxSynchronize},
+        {"cuStreamBeginCapture_v2", &driver.cuStreamBeginCapture_v2},
+        {"cuStreamBeginCapture_v2_ptsz", &driver.cuStreamBeginCapture_v2_ptsz},
+        {"cuStreamBeginCaptureToGraph", &driver.cuStreamBeginCaptureToGraph},
+        {"cuStreamBeginCaptureToGraph_ptsz", &driver.cuStreamBeginCaptureToGraph_ptsz},
+        {"cuStreamEndCapture", &driver.cuStreamEndCapture},
+        {"cuStreamEndCapture_ptsz", &driver.cuStreamEndCapture_ptsz},
         {"cuCtxEnablePeerAccess", &driver.cuCtxEnablePeerAccess},
         {"cuCtxDestroy_v2", &driver.cuCtxDestroy},
         {"cuDeviceGetCount", &driver.cuDeviceGetCount},
@@ -230,7 +264,8 @@ static void find_driver(void) {
     }
     for (size_t i = 0; i < REPLACED; i++) {
         by_symbol[i] = real_dlsym(library, replaced[i].name);
-        if (driver.cuGetProcAddress(replaced[i].asked, &by_address[i], replaced[i].version, 0, NULL) != CUDA_SUCCESS)
+        if (driver.cuGetProcAddress(replaced[i].asked, &by_address[i], replaced[i].version, replaced[i].flags, NULL) !=
+            CUDA_SUCCESS)
             by_address[i] = NULL;
     }
     is_there = true;

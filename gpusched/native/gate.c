@@ -77,15 +77,22 @@ struct thread *gate_join(void) {
     return thread;
 }
 
-void gate_wait(struct thread *thread) {
+void gate_wait(struct thread *thread, _Atomic uint32_t *word) {
     int saved = errno;
     do {
         atomic_store(&thread->inside, 0);
+        while (atomic_load(word))
+            futex(word, FUTEX_WAIT, 1);
         while (atomic_load(&gate_closed))
             futex(&gate_closed, FUTEX_WAIT, 1);
         atomic_exchange(&thread->inside, 1);
     } while (atomic_load(&gate_closed));
     errno = saved;
+}
+
+void gate_wake(_Atomic uint32_t *word) {
+    atomic_exchange(word, 0);
+    futex(word, FUTEX_WAKE, INT_MAX);
 }
 
 static bool anybody_inside(void) {
@@ -112,8 +119,7 @@ bool gate_close(unsigned timeout_ms) {
 }
 
 void gate_open(void) {
-    atomic_exchange(&gate_closed, 0);
-    futex(&gate_closed, FUTEX_WAKE, INT_MAX);
+    gate_wake(&gate_closed);
 }
 
 void gate_exempt(void) {

@@ -206,6 +206,18 @@ def jax_steps(client: GpuSched) -> int:
     return int(whole[-1][1]) if whole else 0
 
 
+def test_graphs_that_are_being_captured_are_not_spoiled(
+    daemon: PrivateDaemon, rng: random.Random
+) -> None:
+    with daemon.client() as client:
+        start(client, "busy", 1, "capture")
+        for _ in range(ROUNDS):
+            threading.Event().wait(rng.uniform(0, 0.2))
+            off, on = client.freeze("busy"), client.thaw("busy")
+            assert (off["path"], on["path"]) == ("direct", "direct")
+        goes_on(client, "busy")
+
+
 @pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
 def test_a_child_that_does_nothing_does_not_matter(daemon: PrivateDaemon, settings: str) -> None:
     with daemon.client() as client:

@@ -1,10 +1,10 @@
 """A PyTorch program that is never at rest and checks every step of its own; see ``test_direct_gpu.py``.
 
-    torch_busy.py GIGABYTES [idle] [fork]    prints "ready", then "steps A B C D"; "WRONG ..." and exit status 3
+    torch_busy.py GIGABYTES [idle] [fork] [capture]      prints "ready", then "steps A B C D"; "WRONG ..."
 
 Two threads launch without pause on streams of their own, allocate and free, and compare what they read; a third
 replays a CUDA graph; a fourth trains a small model beside a copy of it on the CPU, fed from pinned memory.
-"fork": with a child that does nothing. SIGUSR1 makes it exit with status 7.
+"fork": with a child that does nothing. "capture": the third captures a new graph each time. SIGUSR1 makes it exit.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def replay(captured: threading.Event) -> None:
     captured.set()
     replays = 0
     while True:
+        if "capture" in sys.argv:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                x.add_(1)
+                y.add_(x)
         for _ in range(50):
             graph.replay()
         replays += 50

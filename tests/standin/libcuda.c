@@ -482,7 +482,34 @@ static CUresult do_synchronize(void) {
     pthread_mutex_unlock(&lock);
     return OK;
 }
-API CUresult cuCtxSynchronize(void) { return CALL(do_synchronize()); }
+/* A capture is spoiled by whoever waits for the context meanwhile. */
+enum { NOT_WHILE_CAPTURING = 900, SPOILED = 901 };
+static _Atomic int captures, spoiled;
+static CUresult do_begin_capture(void) { captures++; return OK; }
+static CUresult do_end_capture(void) { captures--; return atomic_exchange(&spoiled, 0) ? SPOILED : OK; }
+API CUresult cuStreamBeginCapture_v2(void *stream, int mode) {
+    (void)stream, (void)mode;
+    return CALL(do_begin_capture());
+}
+API CUresult cuStreamBeginCapture_v2_ptsz(void *stream, int mode) { return cuStreamBeginCapture_v2(stream, mode); }
+API CUresult cuStreamBeginCaptureToGraph(void *stream, void *graph, const void *on, const void *data, size_t count,
+                                         int mode) {
+    (void)graph, (void)on, (void)data, (void)count;
+    return cuStreamBeginCapture_v2(stream, mode);
+}
+API CUresult cuStreamBeginCaptureToGraph_ptsz(void *stream, void *graph, const void *on, const void *data,
+                                              size_t count, int mode) {
+    return cuStreamBeginCaptureToGraph(stream, graph, on, data, count, mode);
+}
+API CUresult cuStreamEndCapture(void *stream, void *graph) { (void)stream, (void)graph; return CALL(do_end_capture()); }
+API CUresult cuStreamEndCapture_ptsz(void *stream, void *graph) { return cuStreamEndCapture(stream, graph); }
+static CUresult do_synchronize_all(void) {
+    if (captures == 0)
+        return do_synchronize();
+    spoiled = 1;
+    return NOT_WHILE_CAPTURING;
+}
+API CUresult cuCtxSynchronize(void) { return CALL(do_synchronize_all()); }
 API CUresult cuStreamSynchronize(void *stream) { (void)stream; return CALL(do_synchronize()); }
 API CUresult cuStreamCreate(void **stream, unsigned flags) { (void)flags; *stream = (void *)1; return CALL(OK); }
 /* A call that does not come back for so many microseconds. */
@@ -553,7 +580,7 @@ API CUresult cuCheckpointProcessGetState(int pid, int *state) {
 API CUresult cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long flags, void *status) {
     static const char *const renamed[] = {"cuMemAlloc", "cuMemFree", "cuMemGetInfo", "cuMemHostRegister",
         "cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD8", "cuIpcOpenMemHandle",
-        "cuCtxDestroy", "cuGetProcAddress"};
+        "cuCtxDestroy", "cuStreamBeginCapture", "cuGetProcAddress"};
     static void *self;
     char symbol[128];
     (void)version, (void)flags, (void)status;

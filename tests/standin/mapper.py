@@ -9,6 +9,7 @@ mapper.py KIND PIECES [SEED]      prints "step N"; "WRONG ..." and exit status 3
     importing   as many; and has memory of somebody else mapped, which is its own
     forking     as many; with a child that does nothing
     peers       as many by cuMemAlloc on each of two devices, copied to and fro
+    capturing   as many; and captures graphs, which may not be waited for meanwhile
     ipc         as many; and tries to share memory of cuMemAlloc, and has a handle open in every other second
 """
 
@@ -336,6 +337,19 @@ class Forking(Many):
             os._exit(0)
 
 
+class Capturing(Many):
+    def step(self) -> None:
+        call("cuStreamBeginCapture_v2", None, 0)
+        self._capture()
+        call("cuStreamBeginCaptureToGraph", None, None, None, None, c_size_t(0), 0)
+        self._capture()
+
+    def _capture(self) -> None:
+        time.sleep(0.005)
+        super().step()
+        call("cuStreamEndCapture", None, byref(c_void_p()))
+
+
 class Peers:
     """Memory of cuMemAlloc on two devices, and copies from each to the other, in a context of either."""
 
@@ -413,6 +427,7 @@ KINDS: dict[str, Callable[[int], Many | Peers]] = {
     "exporting": Exporting,
     "importing": Importing,
     "forking": Forking,
+    "capturing": Capturing,
     "ipc": Ipc,
     "peers": Peers,
 }
