@@ -20,6 +20,7 @@ from direct_bench import Bench, kill_movers, memory_files, off, phase, thaw_what
 from gpusched import errors
 from gpusched.mechanisms.cuda import direct, pool
 from gpusched.mechanisms.cuda.mover_client import Mover
+from gpusched.mechanisms.cuda.pool import Pool
 from gpusched.mechanisms.cuda.target import Phase, Target
 from gpusched.ports import DriverState
 from gpusched.units import MIB
@@ -87,7 +88,7 @@ def test_a_context_that_cannot_go_stays_and_nothing_is_lost(bench: Bench, progra
 
 def test_what_has_its_context_on_the_gpu_is_not_saved(bench: Bench, program: Program) -> None:
     bench.freeze(program.pid, keep_context=True)
-    with pytest.raises(errors.DriverError, match="context on the GPU still"):
+    with pytest.raises(errors.DriverError, match="on the GPU still"):
         bench.direct.absorb(program.pid)
     bench.thaw(program.pid)
     program.runs_on()
@@ -187,6 +188,72 @@ def test_what_was_handed_out_in_vain_is_let_go_before_the_drivers_own_copy(
     assert target is not None
     with target:
         assert all(not fds for _, fds in target.held())
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def test_chunks_are_nobody_elses_while_a_mover_may_copy_into_them(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[bool] = []
+    release = Pool.release
+
+    def note(pool: Pool, pid: int, ticks: int) -> None:
+        alive.extend(mover.pid is not None for mover in bench.direct.movers.all())
+        release(pool, pid, ticks)
+
+    def fail(_mover: Mover, _size_bytes: int) -> None:
+        raise errors.DriverError("the copy does not end")
+
+    bench.freeze(program.pid)
+    bench.thaw(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Mover, "finish", fail)
+        patched.setattr(Pool, "release", note)
+        bench.freeze(program.pid, keep_context=True)
+    assert alive == [False]
+    assert bench.direct.last(program.pid).path == "driver"
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+@pytest.mark.parametrize("at", ["let_go", "copy"])
+def test_what_an_interrupted_freeze_has_left_on_the_gpu_goes_with_the_next(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise errors.DriverError("interrupted")
+
+    bench.freeze(program.pid)
+    bench.thaw(program.pid)
+    with monkeypatch.context() as patched:
+        owner: type = Target if at == "let_go" else Mover
+        patched.setattr(owner, "drop" if at == "let_go" else "finish", fail)
+        with pytest.raises(errors.DriverError, match="interrupted"):
+            bench.freeze(program.pid)
+    assert bench.driver.states([program.pid])[program.pid] == DriverState.CHECKPOINTED
+    bench.begin()
+    assert bench.state(program.pid) == DriverState.PARKED, "it holds its memory still"
+    assert memory_files(program.pid) > 0
+    with pytest.raises(errors.DriverError, match="on the GPU still"):
+        bench.direct.absorb(program.pid)
+    bench.direct.checkpoint(program.pid)
+    assert bench.state(program.pid) == DriverState.CHECKPOINTED
+    assert memory_files(program.pid) == 0
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
+def test_what_the_driver_alone_can_move_does_not_stay_with_the_context(
+    bench: Bench, program: Program
+) -> None:
+    bench.driver.held = {program.pid: {"GPU-a": 3 << 30}}
+    bench.freeze(program.pid, keep_context=True)
+    assert bench.state(program.pid) == DriverState.CHECKPOINTED
+    bench.thaw(program.pid)
+    bench.driver.held = {program.pid: {"GPU-a": 600 << 20}}
+    bench.freeze(program.pid, keep_context=True)
+    assert bench.state(program.pid) == DriverState.PARKED
     bench.thaw(program.pid)
     program.runs_on()
 

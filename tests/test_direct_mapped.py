@@ -218,7 +218,7 @@ def test_one_that_dies_in_any_phase_takes_nothing_with_it(
 
 def test_many_pieces_are_few_slices(bench: Bench, tmp_path: Path) -> None:
     """A message to the mover has bounds."""
-    taken = bench.direct.pool.take(1, 2, 3, [(place, "GPU-a", PAGE) for place in range(100)])
+    taken = bench.direct.pool.take(1, 2, [(place, "GPU-a", PAGE) for place in range(100)])
     merged = mover_client._merged(list(taken.slices()))
     assert [size for _, _, size in merged] == [16 * MIB] * 12 + [8 * MIB]
 

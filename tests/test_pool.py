@@ -77,6 +77,8 @@ def test_chunks_stay_where_it_cannot_be_read_whose_they_are(tmp_path: Path) -> N
     first = Pool(tmp_path)
     first.complete(first.take(1, 2, [(0, "GPU-a", 2 * MIB)]))
     first.complete(first.take(3, 4, [(0, "GPU-a", 2 * MIB)]))
+    other = tmp_path / "process-1-2.json"
+    other.write_text(other.read_text().replace("{", '{"of_a_later_version": 7, ', 1))
     (tmp_path / "process-3-4.json").write_text('{"of": "another version"}')
     second = Pool(tmp_path)
     assert [found.pid for found in second.snapshots()] == [1]

@@ -226,6 +226,7 @@ class Recovery:
                 return self._broken(process, f"cannot be looked at: {error}")
         found = {s for s in states.values() if s is not DriverState.NONE}
         stopped = bool(members) and all(m.stopped for m in members)
+        any_stopped = any(m.stopped for m in members)
         was = process.state
         if found & {DriverState.FAILED, DriverState.UNKNOWN}:
             return self._broken(process, "was given up by the driver; kill it")
@@ -240,8 +241,9 @@ class Recovery:
             # What is only locked has its VRAM still.
             fits = not found & OFF or await self._fits(process)
             move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
-        # A context that is on the GPU may stay there: whoever needs the room has it taken off.
-        keep = bool(found) and found <= OFF
+        # A context that is on the GPU may stay there: whoever needs the room has it taken off. Of a freeze in the
+        # middle nobody knows whether it was to stay; nothing does, where that needs no process to be continued.
+        keep = bool(found) and found <= OFF and (was is not _S.FREEZING or any_stopped)
         return await self._move(process, move, wanted, f"was {was}", keep_context=keep)
 
     async def _move(

@@ -27,6 +27,7 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.mechanisms import proc
+from gpusched.mechanisms.cuda.driver import CONTEXT_BYTES
 from gpusched.mechanisms.cuda.mover_client import Movers
 from gpusched.mechanisms.cuda.passage import LOCK_S, NotBegun, Passage, Phases
 from gpusched.mechanisms.cuda.pool import Pool
@@ -102,13 +103,20 @@ class DirectDriver:
             phase = None if state == DriverState.NONE else _phase(pid)
             if is_moving:
                 found[pid] = DriverState.CHANGING
-            elif phase == Phase.PARKED and state not in _DRIVERS_OWN:
+            elif phase == Phase.PARKED and (state not in _DRIVERS_OWN or self._is_held(pid, state)):
                 found[pid] = DriverState.PARKED
             elif phase == Phase.CLOSED and state == DriverState.RUNNING:
                 found[pid] = DriverState.LOCKED
             else:
                 found[pid] = state
         return found
+
+    def _is_held(self, pid: int, state: DriverState) -> bool:
+        """Whether a checkpointed process still holds memory on the GPU, because its freeze was interrupted."""
+        if state != DriverState.CHECKPOINTED or (stat := proc.read_stat(pid)) is None:
+            return False
+        snapshot = self.pool.find(pid, stat.start_ticks)
+        return snapshot is not None and not snapshot.let_go
 
     def last(self, pid: int) -> Phases:
         """How the last checkpoint or restore of a process went."""
@@ -137,13 +145,22 @@ class DirectDriver:
                 self._driver.checkpoint(pid)
                 return
             self.forget_dead()
+            deep = not keep_context or not self._is_context(pid, target)
             try:
-                self._passage.take_out(target, phases, deep=not keep_context)
+                self._passage.take_out(target, phases, deep=deep)
             except NotBegun as error:
                 log.warning("process %d goes the driver's way: %s", pid, error.__cause__)
                 self._trim()  # the driver needs that host memory too
                 self._driver.lock(pid, LOCK_S)
                 self._driver.checkpoint(pid)
+
+    def _is_context(self, pid: int, target: Target) -> bool:
+        """Whether what a process has on GPUs beside what can be moved is about a context, and no more.
+
+        What the driver alone can move (stream-ordered, managed memory) would stay as well.
+        """
+        there = sum(self._driver.usage().processes.get(pid, {}).values())
+        return there - sum(piece.size_bytes for piece in target.pieces()) <= CONTEXT_BYTES
 
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
         with self._move(pid) as phases, _find(pid) as target:
@@ -162,9 +179,10 @@ class DirectDriver:
     def absorb(self, pid: int) -> None:
         with self._move(pid), _find(pid) as target:
             if target is not None and target.phase == Phase.PARKED:
-                if self._driver.states([pid]).get(pid) != DriverState.CHECKPOINTED:
+                state = self._driver.states([pid]).get(pid, DriverState.NONE)
+                if state != DriverState.CHECKPOINTED or self._is_held(pid, state):
                     raise errors.DriverError(
-                        f"process {pid} has its context on the GPU still: checkpoint it first",
+                        f"process {pid} has something on the GPU still: checkpoint it first",
                         {"pid": pid},
                     )
                 self._passage.absorb(target)

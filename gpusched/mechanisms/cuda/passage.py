@@ -69,8 +69,9 @@ class Passage:
         except (errors.GpuschedError, OSError, Refused) as error:
             raise NotBegun from error
         at_once = deep and target.can_hold(len(pieces))
-        with contextlib.ExitStack() as jobs:
-            try:
+        has_begun = False
+        try:
+            with contextlib.ExitStack() as jobs:
                 with phases.time("prepare"):
                     movers = self._begin_jobs(jobs, snapshot, snapshot.by_gpu())
                 with phases.time("export"):
@@ -82,23 +83,32 @@ class Passage:
                     _go(movers, out=True)
                 if not at_once:
                     self._finish_copy(snapshot, movers, phases)
-            except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
-                self._pool.release(target.pid, snapshot.start_ticks)
-                # Descriptors keep VRAM alive, and would through the driver's checkpoint that follows.
-                with contextlib.suppress(errors.GpuschedError, OSError, Refused):
-                    target.drop()
-                raise NotBegun from error
-            with phases.time("unmap"):
-                target.park()
-            phases.path = "direct"
-            if at_once:
-                with ThreadPoolExecutor(1, "copy") as thread:
-                    copying = thread.submit(self._finish_copy, snapshot, movers, phases)
-                    self._checkpoint_context(target.pid, phases)
-                    copying.result()
-            target.drop()
-            if deep and not at_once:
-                self._checkpoint_context(target.pid, phases)
+                has_begun = True
+                with phases.time("unmap"):
+                    target.park()
+                phases.path = "direct"
+                if at_once:
+                    with ThreadPoolExecutor(1, "copy") as thread:
+                        copying = thread.submit(self._finish_copy, snapshot, movers, phases)
+                        self._checkpoint_context(target.pid, phases)
+                        copying.result()
+        except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
+            if has_begun:
+                raise
+            # Not before the movers have ended: they may be copying into chunks that others are given next.
+            self._pool.release(target.pid, snapshot.start_ticks)
+            # Descriptors keep VRAM alive, and would through the driver's checkpoint that follows.
+            with contextlib.suppress(errors.GpuschedError, OSError, Refused):
+                target.drop()
+            raise NotBegun from error
+        self._let_go(target)
+        if deep and not at_once:
+            self._checkpoint_context(target.pid, phases)
+
+    def _let_go(self, target: Target) -> None:
+        """The copy is complete: the process gives up the descriptors that have kept its memory alive."""
+        target.drop()
+        self._pool.let_go(target.pid, start_ticks(target.pid))
 
     def _checkpoint_context(self, pid: int, phases: Phases) -> None:
         with phases.time("context"):
@@ -106,16 +116,29 @@ class Passage:
             self._driver.checkpoint(pid)
 
     def deepen(self, target: Target, phases: Phases) -> None:
-        """Of a parked process, the driver's checkpoint of what is left on the GPU.
+        """Nothing of a parked process is left on the GPU after it: what an interrupted freeze has left there goes too.
 
-        Raises GpuschedError; it is parked still.
+        Raises GpuschedError, OSError, TimeoutError; it is parked still.
         """
         phases.path = "direct"
+        snapshot = self._pool.find(target.pid, start_ticks(target.pid))
+        if snapshot is not None and not snapshot.complete:
+            self._take_rest(target, snapshot)
+        elif snapshot is not None and not snapshot.let_go:
+            self._let_go(target)
         with phases.time("context"):
-            if self._driver.states([target.pid]).get(target.pid) == DriverState.RUNNING:
+            if self._state(target) == DriverState.RUNNING:
                 self._driver.lock(target.pid, LOCK_S)
-            if self._driver.states([target.pid]).get(target.pid) == DriverState.LOCKED:
+            if self._state(target) == DriverState.LOCKED:
                 self._driver.checkpoint(target.pid)
+        if (state := self._state(target)) != DriverState.CHECKPOINTED:
+            raise errors.DriverError(
+                f"process {target.pid} is {state} for the driver; it stays frozen",
+                {"pid": target.pid},
+            )
+
+    def _state(self, target: Target) -> DriverState:
+        return self._driver.states([target.pid]).get(target.pid, DriverState.NONE)
 
     def _begin_jobs(
         self, jobs: contextlib.ExitStack, snapshot: Snapshot, gpus: Mapping[str, object]
@@ -206,7 +229,7 @@ class Passage:
             _hand_over(target.held(), snapshot.by_gpu(), movers)
             _go(movers, out=True)
             self._finish_copy(snapshot, movers, Phases())
-        target.drop()
+        self._let_go(target)
 
     # -- into the process -------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +50,8 @@ class Snapshot:
     gpus: tuple[str, ...]
     sizes: tuple[int, ...]
     complete: bool
+    #: Whether the process has given up what kept its memory alive while it was copied.
+    let_go: bool = False
     #: Of the chunks, so many at the beginning are in the process's own memory and no more here.
     absorbed: int = 0
 
@@ -75,6 +77,9 @@ class Snapshot:
                 parts.append(Slice(self.chunks[number], offset, part))
                 position, size = position + part, size - part
             yield parts
+
+
+_FIELDS: Final = {field.name for field in fields(Snapshot)}
 
 
 class Pool:
@@ -125,6 +130,13 @@ class Pool:
         """All of it is there."""
         with self._lock:
             self._write(replace(snapshot, complete=True))
+
+    def let_go(self, pid: int, start_ticks: int) -> None:
+        """See ``Snapshot``. Nothing where there is none."""
+        with self._lock:
+            found = self._snapshots.get((pid, start_ticks))
+            if found is not None:
+                self._write(replace(found, let_go=True))
 
     def absorbed(self, snapshot: Snapshot) -> Snapshot:
         """One chunk more of it is in the process's own memory; the chunk is given back to the host."""
@@ -205,6 +217,9 @@ class Pool:
         for path in self.directory.glob("process-*.json"):
             try:
                 found = json.loads(path.read_text())
+                found = {
+                    key: found[key] for key in found.keys() & _FIELDS
+                }  # another version has others
                 lists = {key: tuple(found[key]) for key in ("chunks", "places", "gpus", "sizes")}
                 snapshot = Snapshot(**(found | lists))
             except (ValueError, KeyError, TypeError) as error:
