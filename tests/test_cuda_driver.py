@@ -229,9 +229,16 @@ def test_a_vanished_process_and_a_zombie_are_none_without_asking(
     assert bindings.asked == []
 
 
-def test_a_stopped_process_is_never_asked(
-    driver: CudaDriver, child: int, bindings: Bindings
+@pytest.mark.parametrize("devices", [[], ["/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm"]])
+def test_a_stopped_process_without_the_drivers_threads_has_no_cuda_of_its_own(
+    driver: CudaDriver,
+    child: int,
+    bindings: Bindings,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: list[str],
 ) -> None:
+    """With descriptors of a GPU it is a forked child, such as a data loader's worker."""
+    monkeypatch.setattr(preflight, "read_links", lambda _: preflight.parse_links(devices))
     stop(child)
     assert driver.states([child]) == {child: DriverState.NONE}
     assert bindings.asked == []

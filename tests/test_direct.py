@@ -552,3 +552,53 @@ else:
             found.close_gate(2.0)
             found.open_gate()
         os.kill(child, signal.SIGKILL)
+
+
+# -- pages for the driver's own copy --------------------------------------------------------------
+
+POPULATED = """
+import ctypes, mmap, re, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+size = (128 << 20) + 12345
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | int(sys.argv[1])
+found = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+ctypes.memset(found + size - 1, 7, 1)
+huge = here = 0
+for line in open("/proc/self/smaps"):
+    if re.match("[0-9a-f]+-", line):
+        start, end = (int(each, 16) for each in line.split()[0].split("-"))
+        here = start < found + size and end > found
+    elif here and line.startswith("AnonHugePages"):
+        huge += int(line.split()[1])
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+assert libc.munmap(found, size) == 0
+assert f"{found:x}-" not in open("/proc/self/maps").read()
+print(found % (2 << 20) == 0, huge // 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "wish", "is_huge"),
+    [(0x8000, "1", True), (0x8000, "0", False), (0, "1", False)],
+    ids=["populated", "switched off", "not populated"],
+)
+def test_what_the_driver_populates_at_once_has_huge_pages(
+    standin: Path, flags: int, wish: str, is_huge: bool
+) -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine gives nobody huge pages")
+    ended = subprocess.run(
+        [sys.executable, "-c", POPULATED, str(flags)],
+        env=os.environ | {"LD_PRELOAD": str(standin / "libdirect.so"), "GPUSCHED_DIRECT": wish},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    is_aligned, huge_mb = ended.stdout.split()
+    if is_huge:
+        assert is_aligned == "True" and int(huge_mb) > 64
+    elif "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        assert int(huge_mb) == 0

@@ -102,6 +102,9 @@ extern struct driver driver HIDDEN;
 
 /* -- entry.c: every way into the driver --------------------------------------------------------------------------- */
 
+/* GPUSCHED_DIRECT=0 in the environment switches everything off. */
+extern bool direct_is_wanted HIDDEN;
+
 /* The dynamic linker's own dlsym. */
 HIDDEN void *real_dlsym(void *library, const char *name);
 

@@ -209,7 +209,7 @@ static void *replace(const char *name, void *found) {
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static bool is_there;         /* all that we need of the driver */
-static bool is_wanted = true; /* GPUSCHED_DIRECT=0 switches it off */
+bool direct_is_wanted = true;
 
 static void find_driver(void) {
     void *library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
@@ -309,7 +309,7 @@ static __attribute__((noinline)) void *look_up(void *library, const char *name) 
     struct thread *thread = gate_enter();
     pthread_once(&once, find_driver);
     gate_leave(thread);
-    return is_there && is_wanted ? replace(name, found) : found;
+    return is_there && direct_is_wanted ? replace(name, found) : found;
 }
 
 /* RTLD_NEXT and RTLD_DEFAULT depend on who asks, which the real one sees by its return address: so it is jumped to, not
@@ -358,6 +358,6 @@ static void after_fork(void) {
 
 __attribute__((constructor)) static void begin(void) {
     const char *wish = getenv("GPUSCHED_DIRECT");
-    is_wanted = wish == NULL || strcmp(wish, "0") != 0;
+    direct_is_wanted = wish == NULL || strcmp(wish, "0") != 0;
     pthread_atfork(NULL, NULL, after_fork);
 }

@@ -283,9 +283,11 @@ class CudaDriver:
         if letter not in {"T", "t"}:
             return None
         is_on_gpu, has_threads = _traces(pid)
-        if is_on_gpu:
-            return DriverState.UNKNOWN
-        return DriverState.CHECKPOINTED if has_threads else DriverState.NONE
+        if (
+            not has_threads
+        ):  # perhaps a forked child, which has its parent's descriptors and no CUDA of its own
+            return DriverState.NONE
+        return DriverState.UNKNOWN if is_on_gpu else DriverState.CHECKPOINTED
 
     def _ask(self, pid: int) -> _Question:
         """A question that is still unanswered is shared, so that a process which hangs costs one thread."""
