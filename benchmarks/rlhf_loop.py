@@ -222,19 +222,20 @@ def cluster(client: GpuSched) -> Iterator[None]:
                 client.kill(process["name"], force=True)
 
 
-def run(options: argparse.Namespace, client: GpuSched) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def run(options: argparse.Namespace, client: GpuSched, found: dict[str, Any]) -> Iterator[None]:
+    """One way after the other into ``found``."""
     for name in options.ways:
         free_mb = client.status()["gpus"][0]["mem_free_mb"]
         if name == "resident" and (sum(options.bytes) >> 20) + 3 * options.spare_mb > free_mb:
             found[name] = {"skipped": f"does not fit: {free_mb} MiB are free"}
+            yield
             continue
         with cluster(client):
             way = Hosted(options) if name == "gpusched" else ToCpu(options, moves=name == "to_cpu")
             found[name] = loop(way, options.steps, options.passes)
             del way
         print(f"{name}: {found[name]}", flush=True)
-    return found
+        yield
 
 
 def arguments() -> argparse.Namespace:
@@ -259,6 +260,14 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     result = machine.new_result("rlhf_loop", rehearsal=options.rehearse)
+    name, ways = machine.file_name(result), dict[str, Any]()
+    result |= {
+        "sizes_bytes": dict(zip(ROLES, options.bytes, strict=True)),
+        "steps": options.steps,
+        "passes": options.passes,
+        "ray": ray.__version__,
+        "ways": ways,
+    }
     if options.rehearse:
         daemon = private_daemon("sim", "32M")
     else:
@@ -267,15 +276,9 @@ def main() -> int:
     with daemon as client:
         if options.rehearse:
             options.sim_dir = simulated(client)
-        ways = run(options, client)
-    result |= {
-        "sizes_bytes": dict(zip(ROLES, options.bytes, strict=True)),
-        "steps": options.steps,
-        "passes": options.passes,
-        "ray": ray.__version__,
-        "ways": ways,
-    }
-    path = machine.save(machine.file_name(result), result, options.out)
+        for _ in run(options, client, ways):
+            machine.save(name, result, options.out)  # a machine may be lent for a time only
+    path = machine.save(name, result, options.out)
     print(f"saved as {machine.short(path)}")
     return 0 if all(each.get("contents_right", True) for each in ways.values()) else 1
 
