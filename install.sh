@@ -249,9 +249,9 @@ do_install() {
 
 # -- uninstall ------------------------------------------------------------------------------------
 
-# Dies where the contents of a process that lives are in host memory of the daemon's: it alone can bring them back.
+# Dies where the contents of a process that lives are in the daemon's pool $1: it alone can bring them back.
 require_empty_pool() {
-    local manifest pid
+    local manifest pid pool=$1
     for manifest in "$pool"/process-*.json; do
         pid=${manifest##*/process-}
         pid=${pid%%-*}
@@ -267,7 +267,7 @@ do_uninstall() {
     if [[ $found == frozen* ]]; then
         die "still ${found/ /: }. Without the daemon nobody can thaw them: gpusched thaw (or kill) them first; nothing was removed"
     fi
-    [[ -n $found ]] || require_empty_pool
+    [[ -n $found ]] || require_empty_pool "$pool"
     if has_systemd && [[ -e $unit ]]; then
         systemctl disable --quiet --now gpusched.service # KillMode=process: managed processes run on
         found=$(daemon_state)

@@ -100,8 +100,12 @@ class Device:
 
     @property
     def slug(self) -> str:
-        words = f"{self.gpu} {self.machine['driver']}".lower()
-        return "".join(c if c.isalnum() else "-" for c in words)
+        return slug(self.gpu, self.machine["driver"])
+
+
+def slug(gpu: str, driver: str) -> str:
+    """A device as a part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in f"{gpu} {driver}".lower())
 
 
 def load(directory: Path) -> list[Result]:

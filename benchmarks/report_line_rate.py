@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from report_data import Result, newest, of
+from report_data import Result, newest, of, slug
 from report_format import Page, counts, host, rate, spread, table
 
 LINE_RATE_WAYS = {
@@ -91,7 +90,7 @@ def _tables(page: Page, shown: Callable[[float, str], bool]) -> Iterator[str]:
 
 
 def plot_name(rates: LineRate) -> str:
-    return f"line_rate-{re.sub('[^a-z0-9]+', '-', f'{rates.gpu} {rates.driver}'.lower())}.svg"
+    return f"line_rate-{slug(rates.gpu, rates.driver)}.svg"
 
 
 def _share(runs: list[Any], key: str, direction: str) -> str:

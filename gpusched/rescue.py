@@ -23,7 +23,7 @@ from gpusched.mechanisms.clock import SystemClock
 from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.driver_client import DriverClient
 from gpusched.mechanisms.trees import TreeKeeper
-from gpusched.ports import OFF, DriverState, Member
+from gpusched.ports import OFF_GPU, DriverState, Member
 from gpusched.units import GIB, KIB, format_size
 
 #: A CUDA process's own host memory beside its saved VRAM; what exceeds it must be saved VRAM.
@@ -74,7 +74,7 @@ async def _thaw(driver: DriverClient, trees: TreeKeeper, pid: int) -> dict[str, 
         {"pid": m.pid, "before": before.get(m.pid, "none"), "after": after.get(m.pid, "none")}
         for m in members
     ]
-    frozen = sum(s in (*OFF, DriverState.LOCKED) for s in before.values())
+    frozen = sum(s in (*OFF_GPU, DriverState.LOCKED) for s in before.values())
     stopped = sum(m.stopped for m in members)
     return {
         "pid": pid,
@@ -137,7 +137,7 @@ def _require_own(members: list[Member]) -> None:
 async def _require_room(driver: DriverClient, states: dict[int, DriverState]) -> None:
     """Refuses what cannot fit: a restore that runs out of VRAM loses the process on some drivers."""
     saved = sum(
-        max(0, _rss_bytes(pid) - OWN_RSS_BYTES) for pid, state in states.items() if state in OFF
+        max(0, _rss_bytes(pid) - OWN_RSS_BYTES) for pid, state in states.items() if state in OFF_GPU
     )
     free = sum(gpu.free_bytes for gpu in (await driver.usage()).gpus.values())
     if saved > free:

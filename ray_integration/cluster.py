@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import ray
@@ -125,13 +125,7 @@ class Cluster:
         """
         done = {} if done is None else done
         refs = {
-            node: self._agent_of(node).move.remote(
-                *part,
-                drain=how.drain,
-                timeout_s=how.timeout_s,
-                force=how.force,
-                keep_context=how.keep_context,
-            )
+            node: self._agent_of(node).move.remote(*part, **asdict(how))
             for node, part in parts.items()
         }
         failed: errors.GpuschedError | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from gpusched.mechanisms.cuda.direct import DirectDriver
 from gpusched.mechanisms.cuda.pool import Pool
 from gpusched.mechanisms.cuda.target import Phase, Target
-from gpusched.ports import OFF, DriverState
+from gpusched.ports import OFF_GPU, DriverState
 from standin_cuda import StandinDriver
 
 
@@ -72,7 +72,7 @@ def kill_movers(bench: Bench) -> None:
 def thaw_whatever(bench: Bench, pid: int) -> None:
     """As the engine does after an error: asks what is true and goes from there."""
     state = bench.state(pid)
-    if state in OFF:
+    if state in OFF_GPU:
         bench.direct.restore(pid, None)
         state = DriverState.LOCKED
     if state == DriverState.LOCKED:

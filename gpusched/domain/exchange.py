@@ -6,7 +6,8 @@ in ``off``, and migrate has the same tree in both. A hibernation is ``off`` and 
 and reports how each one ended.
 
 The phases, in order:
-0. DEEPEN: frozen trees give up the contexts that they have kept on the GPU, because 1, 3 or 5 need that.
+0. DEEPEN: frozen trees give up the contexts that they have kept on the GPU, because 1 or 3 need that or nobody wants
+   them there any more.
 1. ROOM: frozen trees go to disk, because 2 needs the RAM. They stay there, whatever comes after.
 2. OFF: all of ``off`` freeze, at the same time.
 3. DOWN: all of ``down``, which are frozen by now, are saved to disk.

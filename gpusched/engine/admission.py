@@ -146,7 +146,7 @@ def host_ram_shortage(
 
 def require_quota(
     off: Sequence[Process],
-    in_ram: Iterable[Process],
+    in_ram: Sequence[Process],
     facts: Surveyed,
     quota_bytes: int,
 ) -> None:
@@ -154,7 +154,6 @@ def require_quota(
 
     ``in_ram``: whose contents are there already, or on their way.
     """
-    in_ram = list(in_ram)
     for uid in {p.uid for p in off} - {0}:
         need = sum(sum(held_now(p, facts).values()) for p in off if p.uid == uid)
         taken = sum(p.vram_bytes for p in in_ram if p.uid == uid)

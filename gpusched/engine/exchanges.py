@@ -183,7 +183,6 @@ class Exchanges:
         assert op.exchange is not None
         op.exchange = replace(op.exchange, deepen=kept.must_go(op, processes, facts))
         off, on = self._members(op)
-        assert op.exchange is not None
         if not op.exchange.trees:
             self._orders.nothing_to_do(op)
             return

@@ -64,7 +64,8 @@ class GpuRoom:
         That is, when evicting was not asked for or is not enough.
         """
         missing = {s.gpu: s.missing for s in short}
-        may_evict = getattr(op.params, "evict", False) and not op.evicted
+        evict = getattr(op.params, "evict", False)
+        may_evict = evict and not op.evicted
         active = self._candidates(op, facts) if may_evict else []
         if contexts := self._contexts(op, missing, active, facts):
             op.asked_to_go |= set(contexts)
@@ -78,7 +79,7 @@ class GpuRoom:
                 short,
                 self._core.gpus,
                 admission.occupants(others, facts),
-                evict=getattr(op.params, "evict", False),
+                evict=evict,
             )
         assert op.exchange is not None
         op.evicted = victims

@@ -19,7 +19,7 @@ from gpusched.engine.core import Core
 from gpusched.engine.events import Launched
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
-from gpusched.ports import OFF, DriverState, Identity, Launch, Member, User
+from gpusched.ports import OFF_GPU, DriverState, Identity, Launch, Member, User
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Lifecycle:
             uid=owner,
             user=user.name,
             vram=held,
-            is_frozen=bool(with_cuda) and with_cuda <= OFF,
+            is_frozen=bool(with_cuda) and with_cuda <= OFF_GPU,
         )
 
     def _require_adoptable(self, op: Operation, members: list[Member], pid: int) -> None:

@@ -31,7 +31,7 @@ from gpusched.engine.model import Process, Tree, from_record
 from gpusched.engine.moves import Mover
 from gpusched.engine.survey import take_sample
 from gpusched.ports import (
-    OFF,
+    OFF_GPU,
     Clock,
     Disk,
     Driver,
@@ -231,7 +231,7 @@ class Recovery:
         if found & {DriverState.FAILED, DriverState.UNKNOWN}:
             return self._broken(process, "was given up by the driver; kill it")
         stopped_only = not found and stopped and was in _AT_REST
-        if (found and found <= OFF) or stopped_only:
+        if (found and found <= OFF_GPU) or stopped_only:
             move, wanted = Move.FREEZE, _S.FROZEN
         elif found <= {DriverState.RUNNING}:
             if was is _S.ACTIVE:
@@ -239,11 +239,11 @@ class Recovery:
             move, wanted = Move.THAW, _S.ACTIVE
         else:
             # What is only locked has its VRAM still.
-            fits = not found & OFF or await self._fits(process)
+            fits = not found & OFF_GPU or await self._fits(process)
             move, wanted = (Move.THAW, _S.ACTIVE) if fits else (Move.FREEZE, _S.FROZEN)
         # A context that is on the GPU may stay there: whoever needs the room has it taken off. Of a freeze in the
         # middle nobody knows whether it was to stay; nothing does, where that needs no process to be continued.
-        keep = bool(found) and found <= OFF and (was is not _S.FREEZING or any_stopped)
+        keep = bool(found) and found <= OFF_GPU and (was is not _S.FREEZING or any_stopped)
         return await self._move(process, move, wanted, f"was {was}", keep_context=keep)
 
     async def _move(

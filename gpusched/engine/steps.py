@@ -21,7 +21,7 @@ from gpusched.domain.capacity import add, remap
 from gpusched.domain.moves import Op
 from gpusched.domain.placement import onward
 from gpusched.engine.model import Tree
-from gpusched.ports import OFF, Clock, Driver, DriverState, Member, Took, Trees, Usage
+from gpusched.ports import OFF_GPU, Clock, Driver, DriverState, Member, Took, Trees, Usage
 from gpusched.units import GIB, format_size
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Work:
         #: Whether members may keep their contexts on the GPU, where the driver can do that.
         self._keep_context = keep_context
         #: What counts as off the GPU. An undo goes as deep as it can, and is content with less.
-        self._off = OFF if keep_context or is_undo else frozenset({_S.CHECKPOINTED})
+        self._off = OFF_GPU if keep_context or is_undo else frozenset({_S.CHECKPOINTED})
         self._deadline_s = deadline_for(sum(tree.vram.values()))
         self.phases_ms: dict[str, float] = {}
         self.driver_ms = 0.0
@@ -196,7 +196,7 @@ class Work:
         maps = {
             pid: onward(self.moved.get(pid), self._gpu_map)
             for pid, state in states.items()
-            if state in OFF
+            if state in OFF_GPU
         }
         try:
             calls = {p: self._driver.restore(p, m, self._deadline_s) for p, m in maps.items()}
@@ -343,7 +343,7 @@ class Work:
     async def _explain(self, op: Op, error: errors.GpuschedError) -> errors.GpuschedError | None:
         """None when ``op`` was done in spite of ``error``; else the error, as precise as it can be."""
         goals = {
-            Op.LOCK: {_S.LOCKED, *OFF},
+            Op.LOCK: {_S.LOCKED, *OFF_GPU},
             Op.CHECKPOINT: self._off,
             Op.RESTORE: {_S.LOCKED, _S.RUNNING},
             Op.UNLOCK: {_S.RUNNING},

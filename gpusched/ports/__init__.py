@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from gpusched.ports.disk import Disk, DiskFacts, DiskRoom, Image, Revival, Saved, Woken
 from gpusched.ports.driver import (
-    OFF,
+    OFF_GPU,
     Description,
     Driver,
     DriverApi,
@@ -25,7 +25,7 @@ from gpusched.ports.host import Clock, Host, HostRam, Journal, User, Users
 from gpusched.ports.trees import ExitStatus, Identity, Launch, Member, Trees
 
 __all__ = [
-    "OFF",
+    "OFF_GPU",
     "Clock",
     "Description",
     "Disk",

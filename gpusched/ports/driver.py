@@ -23,7 +23,7 @@ class DriverState(StrEnum):
 
 
 #: The contents of its VRAM are not on the GPU.
-OFF: Final = frozenset({DriverState.CHECKPOINTED, DriverState.PARKED})
+OFF_GPU: Final = frozenset({DriverState.CHECKPOINTED, DriverState.PARKED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,12 @@ from gpusched import GpuSched
 from gpusched.demo import digests, wait_for_lines
 from gpusched.errors import GpuschedError, Unsupported
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = pytest.mark.gpu
 
 #: Kills of the daemon, and of its driver helper, at random moments of random moves.
 KILLS = 10
 HELPER_KILLS = 4
-
-
-@pytest.fixture
-def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda")
-    started.start()
-    yield started
-    started.end()
 
 
 def start(client: GpuSched, name: str, vram: str = "600M", **more: Any) -> str:

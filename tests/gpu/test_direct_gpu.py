@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from gpusched.errors import GpuschedError
 from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.cuda.target import Target
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
@@ -35,21 +35,6 @@ ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "20"))
 KILLS = int(os.environ.get("GPUSCHED_KILLS", "6"))
 THREADS = 4
 BUSY = Path(__file__).with_name("torch_busy.py")
-
-
-@pytest.fixture
-def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda")
-    started.start()
-    yield started
-    started.end()
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("GPUSCHED_SEED", "0")) or random.SystemRandom().randrange(10**6)
-    print(f"GPUSCHED_SEED={seed}")
-    return random.Random(seed)
 
 
 def start(client: GpuSched, name: str, gigabytes: float, *arguments: str, **more: Any) -> int:
@@ -168,42 +153,6 @@ def test_an_allocator_of_the_drivers_own_goes_whichever_way_and_stays_right(
             off, on = client.freeze("busy"), client.thaw("busy")
             print(off["path"], off["duration_ms"], on["path"], on["duration_ms"])
             goes_on(client, "busy")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs JAX")
-@pytest.mark.parametrize("allocator", ["", "platform", "cuda_async", "vmm"])
-def test_jax_goes_whichever_way_and_stays_right(daemon: PrivateDaemon, allocator: str) -> None:
-    env = dict(os.environ) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if allocator:
-        env["XLA_PYTHON_CLIENT_ALLOCATOR"] = allocator
-    program = Path(__file__).with_name("jax_busy.py")
-    with daemon.client() as client:
-        pid = client.run("jax", [sys.executable, str(program), "1"], env=env)["pid"]
-        wait_until(
-            lambda: client.processes()[0]["state"] == "dead" or jax_steps(client) > 0,
-            within_s=120,
-            what="JAX works",
-        )
-        if client.processes()[0]["state"] == "dead":
-            pytest.skip(f"this JAX has no allocator {allocator!r}")
-        print(len(movable(pid)), "pieces,", sum(movable(pid)), "bytes")
-        for _ in range(max(2, ROUNDS // 4)):
-            off, on = client.freeze("jax"), client.thaw("jax")
-            print(off["path"], off["duration_ms"], on["path"], on["duration_ms"])
-            jax_goes_on(client)
-
-
-def jax_goes_on(client: GpuSched) -> None:
-    before = jax_steps(client)
-    wait_until(lambda: jax_steps(client) > before, within_s=30, what="JAX goes on")
-
-
-def jax_steps(client: GpuSched) -> int:
-    lines = client.logs("jax", 20)["lines"]
-    assert not any("WRONG" in line for line in lines), lines
-    found = [line.split() for line in lines if line.startswith("steps")]
-    whole = [line for line in found if len(line) == 2]
-    return int(whole[-1][1]) if whole else 0
 
 
 def test_graphs_that_are_being_captured_are_not_spoiled(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from gpusched import GpuSched
 from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.cuda.target import Target
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
@@ -26,14 +26,6 @@ pytestmark = [
 
 ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "10"))
 TWO = Path(__file__).with_name("torch_two.py")
-
-
-@pytest.fixture
-def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda")
-    started.start()
-    yield started
-    started.end()
 
 
 def steps(client: GpuSched) -> int:

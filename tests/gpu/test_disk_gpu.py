@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,12 @@ from gpusched import GpuSched
 from gpusched.demo import digests, wait_for_lines
 from gpusched.errors import GpuschedError
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = [pytest.mark.gpu, pytest.mark.criu]
 
 VRAM = "600M"
 #: What a device has in use when a process has left it may still move a little: the driver's own.
 _SLACK_MB = 64
-
-
-@pytest.fixture
-def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda")
-    started.start()
-    yield started
-    started.end()
 
 
 def start(client: GpuSched, name: str, vram: str = VRAM, seed: int = 1) -> str:

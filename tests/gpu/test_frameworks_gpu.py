@@ -10,7 +10,6 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from daemons import PrivateDaemon, wait_until
 from gpusched import GpuSched
 from gpusched.mechanisms.cuda import pool_home
 
+pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
@@ -26,14 +26,6 @@ pytestmark = [
 
 ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "10"))
 BUSY = Path(__file__).with_name("array_busy.py")
-
-
-@pytest.fixture
-def daemon() -> Iterator[PrivateDaemon]:
-    started = PrivateDaemon(backend="cuda")
-    started.start()
-    yield started
-    started.end()
 
 
 def steps(client: GpuSched, name: str) -> int:
@@ -52,16 +44,28 @@ def goes_on(client: GpuSched, name: str) -> None:
     wait_until(lambda: steps(client, name) > before, within_s=30, what=f"{name} goes on")
 
 
-@pytest.mark.parametrize("framework", ["cupy", "jax"])
-def test_a_busy_process_leaves_and_comes_back(daemon: PrivateDaemon, framework: str) -> None:
+@pytest.mark.parametrize(
+    ("framework", "allocator"),
+    [("cupy", ""), *(("jax", each) for each in ("", "platform", "cuda_async", "vmm"))],
+)
+def test_a_busy_process_leaves_and_comes_back(
+    daemon: PrivateDaemon, rng: random.Random, framework: str, allocator: str
+) -> None:
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"needs {framework}")
-    seed = int(os.environ.get("GPUSCHED_SEED", "0")) or random.SystemRandom().randrange(10**6)
-    print(f"GPUSCHED_SEED={seed}")
-    rng = random.Random(seed)
+    env = dict(os.environ) | ({"XLA_PYTHON_CLIENT_ALLOCATOR": allocator} if allocator else {})
     with daemon.client() as client:
-        client.run("busy", [sys.executable, str(BUSY), framework, "1"])
-        wait_until(lambda: steps(client, "busy") > 0, within_s=110, what=f"{framework} works")
+        client.run("busy", [sys.executable, str(BUSY), framework, "1"], env=env)
+        wait_until(
+            lambda: (
+                client.processes()[0]["state"] == "dead" or "steps" in client.logs("busy")["output"]
+            ),
+            within_s=110,
+            what=f"{framework} works",
+        )
+        if allocator and client.processes()[0]["state"] == "dead":
+            pytest.skip(f"this JAX has no allocator {allocator!r}")
+        wait_until(lambda: steps(client, "busy") > 0, within_s=20, what="it says how far it is")
         for number in range(ROUNDS):
             time.sleep(rng.uniform(0, 0.2))
             off = client.freeze("busy", keep_context=number % 2 == 1)

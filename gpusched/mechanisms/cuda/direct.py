@@ -27,7 +27,6 @@ from typing import Final
 
 from gpusched import errors
 from gpusched.mechanisms import proc
-from gpusched.mechanisms.cuda.driver import CONTEXT_BYTES
 from gpusched.mechanisms.cuda.mover_client import Movers
 from gpusched.mechanisms.cuda.passage import LOCK_S, NotBegun, Passage, Phases
 from gpusched.mechanisms.cuda.pool import Pool
@@ -145,22 +144,13 @@ class DirectDriver:
                 self._driver.checkpoint(pid)
                 return
             self.forget_dead()
-            deep = not keep_context or not self._is_context(pid, target)
             try:
-                self._passage.take_out(target, phases, deep=deep)
+                self._passage.take_out(target, phases, keep_context=keep_context)
             except NotBegun as error:
                 log.warning("process %d goes the driver's way: %s", pid, error.__cause__)
                 self._trim()  # the driver needs that host memory too
                 self._driver.lock(pid, LOCK_S)
                 self._driver.checkpoint(pid)
-
-    def _is_context(self, pid: int, target: Target) -> bool:
-        """Whether what a process has on GPUs beside what can be moved is about a context, and no more.
-
-        What the driver alone can move (stream-ordered, managed memory) would stay as well.
-        """
-        there = sum(self._driver.usage().processes.get(pid, {}).values())
-        return there - sum(piece.size_bytes for piece in target.pieces()) <= CONTEXT_BYTES
 
     def restore(self, pid: int, gpu_map: Mapping[str, str] | None) -> None:
         with self._move(pid) as phases, _find(pid) as target:

@@ -18,6 +18,7 @@ from typing import Final
 from gpusched import errors
 from gpusched.mechanisms import proc
 from gpusched.mechanisms.cuda import pool
+from gpusched.mechanisms.cuda.driver import CONTEXT_BYTES
 from gpusched.mechanisms.cuda.mover_client import Mover, Movers
 from gpusched.mechanisms.cuda.pool import Pool, Slice, Snapshot
 from gpusched.mechanisms.cuda.target import Piece, Refused, Target
@@ -57,18 +58,17 @@ class Passage:
 
     # -- out --------------------------------------------------------------------------------------
 
-    def take_out(self, target: Target, phases: Phases, *, deep: bool) -> None:
-        """From a closed gate to parked. ``deep``: and the driver's checkpoint of the rest, beside the copy.
+    def take_out(self, target: Target, phases: Phases, *, keep_context: bool) -> None:
+        """From a closed gate to parked, and with the driver's checkpoint of the rest beside the copy.
+
+        Not of the rest with ``keep_context``, where that is about a context: what the driver alone can move
+        (stream-ordered, managed memory) would stay as well.
 
         Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it. A
         process that may not have a descriptor for each piece cannot hold it: then the copy comes before the rest.
         """
-        try:
-            pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
-            snapshot = self._pool.take(target.pid, start_ticks(target.pid), pieces)
-        except (errors.GpuschedError, OSError, Refused) as error:
-            raise NotBegun from error
-        at_once = deep and target.can_hold(len(pieces))
+        snapshot, deep = self._begin(target, keep_context=keep_context)
+        at_once = deep and target.can_hold(len(snapshot.places))
         has_begun = False
         try:
             with contextlib.ExitStack() as jobs:
@@ -104,6 +104,18 @@ class Passage:
         self._let_go(target)
         if deep and not at_once:
             self._checkpoint_context(target.pid, phases)
+
+    def _begin(self, target: Target, *, keep_context: bool) -> tuple[Snapshot, bool]:
+        """Room for its contents, and whether the rest goes too. Raises NotBegun."""
+        try:
+            pieces = [(p.place, p.gpu, p.size_bytes) for p in target.pieces()]
+            deep = True
+            if keep_context:
+                there = sum(self._driver.usage().processes.get(target.pid, {}).values())
+                deep = there - sum(size for _, _, size in pieces) > CONTEXT_BYTES
+            return self._pool.take(target.pid, start_ticks(target.pid), pieces), deep
+        except (errors.GpuschedError, OSError, Refused) as error:
+            raise NotBegun from error
 
     def _let_go(self, target: Target) -> None:
         """The copy is complete: the process gives up the descriptors that have kept its memory alive."""
