@@ -23,8 +23,9 @@ def test_grpo_learns_while_its_models_take_turns() -> None:
     daemon = PrivateDaemon(backend="cuda")
     try:
         daemon.start()
-        ended = subprocess.run(
-            [sys.executable, str(ROOT / "examples/in_ray/grpo.py"), "--steps", str(STEPS)],
+        lines = []
+        with subprocess.Popen(
+            [sys.executable, "-u", str(ROOT / "examples/in_ray/grpo.py"), "--steps", str(STEPS)],
             env={
                 **os.environ,
                 "GPUSCHED_SOCKET": daemon.socket,
@@ -33,14 +34,20 @@ def test_grpo_learns_while_its_models_take_turns() -> None:
                 **NO_MULTICAST,
             },
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
-            check=False,
-        )
-        print(ended.stdout)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        rewards = [float(each) for each in re.findall(r"mean reward (\d\.\d+)", ended.stdout)]
+        ) as program:
+            assert program.stdout
+            try:
+                for line in program.stdout:  # shown as they come: a first start of Ray can be long
+                    print(line, end="", flush=True)
+                    lines.append(line)
+                program.wait(60)
+            finally:
+                program.kill()
+        assert program.returncode == 0, "".join(lines)
+        rewards = [float(each) for each in re.findall(r"mean reward (\d\.\d+)", "".join(lines))]
         assert len(rewards) == STEPS
         assert rewards[0] < 0.05 < 0.5 < rewards[-1]
         swapped = daemon.client().status()["metrics"]["freezes"]
