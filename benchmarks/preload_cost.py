@@ -1,10 +1,9 @@
 """What the preloaded library costs a program that does nothing but launch, and one that does nothing but allocate.
 
-    python benchmarks/preload_cost.py [--rounds 5] [--out DIR]
+    python benchmarks/preload_cost.py [--rounds 3] [--out DIR]
 
-PyTorch launches a tiny kernel without pause; ``cuMemAlloc`` and ``cuMemFree`` of several sizes follow each other. In
-processes of their own, with and without the library by turns, so that a drift of the machine meets both. Microseconds a
-launch, or a pair of calls: the least of several loops in a process, and of those the median over the processes.
+The calls of ``preload_cost.c``, by the library and by the driver's own functions by turns within one process, so that a
+drift of the machine meets both; a process for each round. Microseconds a launch, or an allocation with its free.
 """
 
 from __future__ import annotations
@@ -12,83 +11,77 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import machine
 from gpusched.mechanisms.cuda import pool_home
 
-SIZES_MIB = (1, 2, 20, 512)
-PROGRAM = """
-import json, sys, time
-import torch
-from cuda.bindings import driver as cuda
-x = torch.zeros(256, device="cuda")
-def launch(count):
-    for _ in range(count):
-        x.add_(1)
-    torch.cuda.synchronize()
-def allocate(size):
-    def loop(count):
-        for _ in range(count):
-            result, address = cuda.cuMemAlloc(size)
-            assert int(result) == 0
-            cuda.cuMemFree(address)
-    return loop
-def least(loop, count, times):
-    loop(count)
-    found = []
-    for _ in range(times):
-        begun = time.perf_counter()
-        loop(count)
-        found.append((time.perf_counter() - begun) / count * 1e6)
-    return min(found)
-found = {"launch": least(launch, 20000, 9)}
-for mib in json.loads(sys.argv[1]):
-    found[f"alloc {mib} MiB"] = least(allocate(mib << 20), 200, 5)
-print(json.dumps(found))
-"""
+SOURCE = Path(__file__).with_suffix(".c")
+TURNS = 60
 
 
-def once(python: str, preload: str) -> dict[str, float]:
-    command = [python, "-c", PROGRAM, json.dumps(SIZES_MIB)]
+def build(program: Path) -> None:
+    """Raises CalledProcessError, and FileNotFoundError where there is no compiler."""
+    compiler = shutil.which("cc") or "gcc"
+    command = [compiler, "-O2", "-std=gnu11", "-Wall", "-o", str(program), str(SOURCE), "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def once(program: Path, preload: str, turns: int = TURNS) -> dict[str, dict[str, list[float]]]:
+    """What each loop took, turn by turn, "with" and "without" the library. Raises CalledProcessError."""
     ended = subprocess.run(
-        command,
-        capture_output=True,
+        [program, str(turns)],
+        stdout=subprocess.PIPE,
         text=True,
         timeout=120,
         check=True,
         env=os.environ | {"LD_PRELOAD": preload},
     )
-    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+    found: dict[str, dict[str, list[float]]] = json.loads(ended.stdout)
     return found
+
+
+def added(runs: list[dict[str, Any]], what: str) -> float:
+    """The median share that the library adds, over all turns, each compared with its own neighbour."""
+    shares: list[float] = [
+        with_ / without - 1
+        for run in runs
+        for without, with_ in zip(run[what]["without"], run[what]["with"], strict=True)
+    ]
+    return statistics.median(shares)
+
+
+def middle(runs: list[dict[str, Any]], what: str, which: str) -> float:
+    times: list[float] = [each for run in runs for each in run[what][which]]
+    return statistics.median(times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--torch-python", default=sys.executable, help="one that has PyTorch")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     options = parser.parse_args()
+    preload = pool_home.library()
+    if not preload:
+        sys.exit("preload_cost.py: the library was not built: install a C compiler, then gpusched")
     result: dict[str, Any] = machine.new_result("preload_cost", rehearsal=False)
-    result["runs"] = {"without": [], "with": []}
-    name = machine.file_name(result)
-    for _ in range(options.rounds):
-        for which, preload in (("without", ""), ("with", pool_home.library())):
-            result["runs"][which].append(once(options.torch_python, preload))
-            machine.save(name, result, options.out)
-    for what in result["runs"]["with"][0]:
-        without, with_ = (
-            statistics.median(run[what] for run in result["runs"][which])
-            for which in ("without", "with")
-        )
-        print(
-            f"{what:15} without {without:8.3f} us  with {with_:8.3f} us  {with_ / without - 1:+.2%}"
-        )
-    print(f"saved {machine.short(machine.save(name, result, options.out))}")
+    result["runs"] = []
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory) / "preload_cost"
+        build(program)
+        for _ in range(options.rounds):
+            result["runs"].append(once(program, preload))
+    for what in result["runs"][0]:
+        without, with_ = (middle(result["runs"], what, which) for which in ("without", "with"))
+        share = added(result["runs"], what)
+        print(f"{what:27} without {without:8.3f} us  with {with_:8.3f} us  {share:+.2%}")
+    print(f"saved {machine.short(machine.save(machine.file_name(result), result, options.out))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import preload_cost
 import standin_cuda
 from direct_bench import Bench, kill_movers, memory_files, off, phase, thaw_whatever
 from gpusched import errors
@@ -484,6 +485,20 @@ def test_rtld_next_means_what_it_meant(standin: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == "11"
+
+
+def test_the_benchmark_of_its_cost_compares_it_with_the_driver_in_one_process(
+    standin: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "preload_cost"
+    preload_cost.build(program)
+    found = preload_cost.once(program, str(standin / "libdirect.so"), turns=2)
+    assert {"launch", "alloc 512 MiB"} < set(found)
+    assert all(
+        len(times) == 2 and min(times) > 0 for loop in found.values() for times in loop.values()
+    )
+    with pytest.raises(subprocess.CalledProcessError):  # nothing to compare
+        preload_cost.once(program, "", turns=2)
 
 
 LINKED = """

@@ -4,7 +4,7 @@
 
 The reward model likes the letter e. Weights are random unless `--model` names a pretrained policy. In float32 each
 parameter of the policy takes 16 bytes (weight, gradient, AdamW), of the others 4 once they are made: with `--hidden
-4096 --layers 18 --lr 5e-5` each role fits an H100 of 80 GB, all three do not. Needs a gpusched daemon and ray.
+4096 --layers 18 --lr 5e-5` each role fits an H100 of 80 GB, all three do not. Needs a daemon, ray, and RAM for all.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Model:
         return shares.gather(-1, tokens[:, -LENGTH:, None])[..., 0]
 
     def judge(self, tokens: Any) -> Any:
-        return self.log_probs(tokens).detach().cpu().numpy()
+        return self.torch.no_grad()(self.log_probs)(tokens).cpu().numpy()
 
     def score(self, texts: list[list[int]]) -> Any:
         """How likely each byte is to this model, on average: scores[prompt, sample], between 0 and 1."""
