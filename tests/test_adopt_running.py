@@ -9,6 +9,7 @@ import pytest
 
 from conftest import StartDaemon
 from daemons import PrivateDaemon
+from gpusched.mechanisms.sim.control import CONTEXT_BYTES
 from gpusched.mechanisms.sim.script import Script
 from simulated_program import Program
 from workloads import done, entries, refused
@@ -39,12 +40,12 @@ def letter(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def require_frozen_and_running(daemon: PrivateDaemon, program: Program) -> None:
+def require_frozen_and_running(daemon: PrivateDaemon, program: Program, left_mb: int = 0) -> None:
     status = entries(daemon)["it"]
     assert (status["state"], status["stop"], status["adopted"]) == ("frozen", False, True)
     assert letter(program.pid) in "SR", "its CPU threads are not stopped"
     used = [gpu["mem_used_mb"] for gpu in done(daemon, "status")["gpus"]]
-    assert used == [0]
+    assert used == [left_mb]
     count = program.tell("spun")  # needs no VRAM: answered at once
     assert program.tell("spun") == count, "its CUDA calls wait"
 
@@ -66,6 +67,20 @@ def test_frozen_it_runs_on_without_its_vram(daemon: PrivateDaemon, program: Prog
         assert program.is_silent(0.2), "a call that needs VRAM waits for the thaw"
         done(daemon, "thaw", name="it")
         assert program.answer()
+    require_thawed_with_its_contents(daemon, program)
+
+
+def test_its_context_stays_and_goes_while_it_runs(daemon: PrivateDaemon, program: Program) -> None:
+    for _ in range(2):
+        kept = done(daemon, "freeze", name="it", keep_context=True)
+        assert kept["context_mb"] == CONTEXT_BYTES >> 20
+        require_frozen_and_running(daemon, program, left_mb=CONTEXT_BYTES >> 20)
+        daemon.restart()
+        require_frozen_and_running(daemon, program, left_mb=CONTEXT_BYTES >> 20)
+        done(daemon, "thaw", name="it")
+    done(daemon, "freeze", name="it", keep_context=True)
+    done(daemon, "freeze", name="it")
+    require_frozen_and_running(daemon, program)
     require_thawed_with_its_contents(daemon, program)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from conftest import StartDaemon
@@ -17,6 +18,7 @@ from daemons import PrivateDaemon, wait_until
 from disk_tier import again, ask_quietly
 from gpusched.aio import AsyncGpuSched
 from gpusched.mechanisms.sim.control import CONTEXT_BYTES, Word
+from gpusched.mechanisms.sim.layout import SimDirectory
 from gpusched.mechanisms.sim.script import Script, When
 from gpusched.units import MIB
 from workloads import Workload, done, entries, refused
@@ -339,6 +341,47 @@ def test_only_whose_context_goes_runs_for_that(private_daemon: StartDaemon) -> N
     assert log.read_text().count("on\n") == said, "the shell, which has no context, stood still"
     done(daemon, "thaw", name="tree")
     wait_until(lambda: log.read_text().count("on\n") > said, within_s=10, what="it goes on")
+
+
+def test_a_tree_with_one_context_left_of_two_is_frozen_and_known_again(
+    private_daemon: StartDaemon,
+) -> None:
+    daemon = private_daemon(vram="40M")
+    program = f"{sys.executable} -m gpusched.workload --vram 8M"
+    tree = done(daemon, "run", name="tree", cmd=["sh", "-c", f"{program} & {program} & wait"])
+    log = daemon.log_dir / "tree.log"
+    wait_until(lambda: log.read_text().count("ready") == 2, within_s=30, what="both are ready")
+    first, second = (child.pid for child in psutil.Process(tree["pid"]).children())
+
+    def words() -> list[Word]:
+        records = map(SimDirectory(daemon.sim_dir).record, (first, second))
+        return [record.word for record in records if record]
+
+    def require_work() -> None:
+        count = log.read_text().count("tick")
+        wait_until(
+            lambda: log.read_text().count("tick") > count + 4, within_s=10, what="they work on"
+        )
+
+    for leaves_first in (True, False):
+        kept = done(daemon, "freeze", name="tree", keep_context=True)
+        assert (kept["context_mb"], kept["mem_mb"]) == (2 * CONTEXT_MB, 16)
+        Script(daemon.sim_dir).add("checkpoint", pid=second, error="UNKNOWN")
+        refused(daemon, "driver_error", "freeze", name="tree")
+        for _ in range(2):
+            assert words() == [Word.CHECKPOINTED, Word.PARKED]
+            tree = entries(daemon)["tree"]
+            assert (tree["state"], tree["context_mb"], tree["op"]) == ("frozen", CONTEXT_MB, None)
+            assert free_mb(daemon) == 40 - CONTEXT_MB
+            daemon.restart()
+        if leaves_first:
+            assert "context_mb" not in done(daemon, "freeze", name="tree")
+            assert free_mb(daemon) == 40
+        done(daemon, "thaw", name="tree")
+        assert words() == [Word.RUNNING] * 2
+        require_work()
+    digests = {line.partition("digest=")[2].split()[0] for line in log.read_text().splitlines()}
+    assert len(digests) == 1
 
 
 def test_a_daemon_killed_at_any_moment_finds_what_was_kept(private_daemon: StartDaemon) -> None:
