@@ -126,6 +126,7 @@ def main() -> int:
     with private_daemon("sim", "64M") as client:
         os.environ["GPUSCHED_SOCKET"] = client.socket_path
         ray.init(
+            address="local",
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,

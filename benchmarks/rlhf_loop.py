@@ -213,7 +213,13 @@ def cluster(client: GpuSched) -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             filter(None, (here, os.environ.get("PYTHONPATH", "")))
         )
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=40)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=40,
+        )
         try:
             yield
         finally:

@@ -44,6 +44,7 @@ def cluster(ray_daemon: PrivateDaemon) -> Iterator[PrivateDaemon]:
     os.environ.update(variables)
     try:
         ray.init(
+            address="local",
             num_cpus=8,
             num_gpus=GPUS,
             include_dashboard=False,

@@ -22,7 +22,12 @@ def test_a_ctrl_c_ends_the_loop_its_ray_and_its_daemon() -> None:
         program = [sys.executable, "-m", "ray_integration.demo", "--plot", f"{base}/demo.png"]
         demo = subprocess.Popen(
             program,
-            env={**os.environ, "TMPDIR": base, "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "TMPDIR": base,
+                "PYTHONUNBUFFERED": "1",
+                "RAY_ADDRESS": "127.0.0.1:1",  # a cluster that is not the demonstration's
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -47,7 +47,7 @@ class Trainer:
 
 
 def main() -> None:
-    ray.init(num_gpus=1, log_to_driver=False, include_dashboard=False)
+    ray.init(address="local", num_gpus=1, log_to_driver=False, include_dashboard=False)
     plain: Any = ray.remote(num_gpus=0.5)(Trainer)
     actor, critic = plain.remote(), plain.remote()
     ray.get(attach([actor, critic]))

@@ -122,7 +122,13 @@ def with_ray(client: GpuSched, chosen: Setting, act: Callable[[], bool]) -> bool
     with tempfile.TemporaryDirectory(prefix="gpusched-demo-ray-") as directory:
         os.environ["GPUSCHED_SOCKET"] = client.socket_path
         os.environ["GPUSCHED_RAY_DIR"] = directory
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=40)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=40,
+        )
         try:
             return act()
         finally:

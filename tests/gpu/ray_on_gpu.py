@@ -36,6 +36,7 @@ def ray_with_daemon(gpus: int = 0, **daemon_options: Any) -> Iterator[PrivateDae
             **NO_MULTICAST,
         }
         ray.init(
+            address="local",
             num_cpus=4,
             num_gpus=gpus,
             include_dashboard=False,

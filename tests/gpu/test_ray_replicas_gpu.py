@@ -46,7 +46,7 @@ def test_replicas_of_a_pytorch_model_have_its_weights_and_go_their_own_ways() ->
         os.environ |= {"GPUSCHED_SOCKET": daemon.socket, "GPUSCHED_RAY_DIR": directory}
         path = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
             model = freezable(TorchModel).remote(1, SIZE)
             digest = get(model.digest.remote(), timeout=180)
