@@ -145,7 +145,8 @@ def test_a_plain_actor_is_frozen_and_thawed_and_never_stopped(
         get(thaw(worker))
         assert get(waiting) == digest
         assert used_mb(cluster) == SIZE >> 20
-    with pytest.raises(errors.Unsupported, match="adopted"):
+    # As one that is adopted; a node without a disk tier says that first.
+    with pytest.raises(errors.Unsupported, match=r"adopted|hibernate is not possible here"):
         get(hibernate(worker))
     assert get(worker.digest.remote()) == digest
 
@@ -194,7 +195,10 @@ def test_calls_of_an_event_loop_are_drained(plain: Callable[..., Any]) -> None:
     digest = get(worker.digest.remote())
     get(attach(worker))
     under_way = [worker.wait.remote(number, 1.0) for number in (1, 2)]
-    wait_until(lambda: get(worker.noted.remote()) == [1, 2], within_s=5, what="both have begun")
+    # Ray promises no order for calls of an event loop.
+    wait_until(
+        lambda: sorted(get(worker.noted.remote())) == [1, 2], within_s=5, what="both have begun"
+    )
     frozen = freeze(worker)
     time.sleep(0.3)  # it drains now
     later = worker.wait.remote(3, 0.0)
