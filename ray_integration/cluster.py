@@ -52,35 +52,44 @@ class Cluster:
     def locate(self, actor_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """The node of each model. Waits for actors that are being made, or made again.
 
-        Raises NotFound for a dead actor or one that is not freezable, DeadlineExceeded after ``timeout_s`` seconds.
+        Raises NotFound for an actor that is dead, or neither freezable nor attached where it is now, DeadlineExceeded
+        after ``timeout_s`` seconds.
         """
         deadline = time.monotonic() + timeout_s
         found: dict[str, str] = {}
+        lives_on: dict[str, str] = {}
         while missing := [each for each in actor_ids if each not in found]:
-            found |= self._ask_all(missing)
+            more, answered = self._ask_all(missing)
+            found |= more
             missing = [each for each in missing if each not in found]
             for actor_id in missing:
-                require_coming(actor_id)
+                node = require_coming(actor_id)
+                # There before it was asked and after: a model is known before its actor is said to be alive.
+                if node in answered and node == lives_on.get(actor_id):
+                    raise _no_model(actor_id, node)
+                lives_on[actor_id] = node
             if missing and time.monotonic() > deadline:
                 raise errors.DeadlineExceeded(
-                    f"no node has a model of actor {missing[0]} after {timeout_s:g} s: is its class freezable, and "
+                    f"no node has a model of actor {missing[0]} after {timeout_s:g} s: is there room for it, and "
                     "does a gpusched daemon run where it is?"
                 )
             if missing:
                 time.sleep(_LOOK_AGAIN_S)
         return found
 
-    def _ask_all(self, actor_ids: Sequence[str]) -> dict[str, str]:
-        """Whoever answers; a node that has just died has no models any more."""
+    def _ask_all(self, actor_ids: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+        """Which node has which, and the nodes that answered; one that has just died has no models any more."""
         nodes = compat.living_nodes()
         asked = {node: self._agent_of(node).find.remote(actor_ids) for node in nodes}
         found: dict[str, str] = {}
+        answered: set[str] = set()
         for node, ref in asked.items():
             try:
                 found |= dict.fromkeys(ray.get(ref, timeout=_FIND_TIMEOUT_S), node)
+                answered.add(node)
             except RayError:
                 continue
-        return found
+        return found, answered
 
     # -- moves ----------------------------------------------------------------------------------
 
@@ -194,10 +203,8 @@ def await_node(actor_id: str, timeout_s: float) -> str:
     """The node of an actor, once it is there. Raises NotFound for a dead one, DeadlineExceeded."""
     deadline = time.monotonic() + timeout_s
     while True:
-        require_coming(actor_id)
-        facts = compat.actor_facts(actor_id)
-        if facts is not None and facts["state"] == "ALIVE":
-            return str(facts["node_id"])
+        if node := require_coming(actor_id):
+            return node
         if time.monotonic() > deadline:
             raise errors.DeadlineExceeded(
                 f"actor {actor_id} is not there after {timeout_s:g} s: is there room for it?"
@@ -205,11 +212,20 @@ def await_node(actor_id: str, timeout_s: float) -> str:
         time.sleep(_LOOK_AGAIN_S)
 
 
-def require_coming(actor_id: str) -> None:
-    """Raises NotFound for an actor that is dead for good."""
+def require_coming(actor_id: str) -> str:
+    """The node of an actor that is alive, "" while it is made. Raises NotFound for one that is dead for good."""
     facts = compat.actor_facts(actor_id)
     if facts is None or facts["state"] == "DEAD":
         raise errors.NotFound(f"actor {actor_id} is dead", {"actor_id": actor_id})
+    return str(facts["node_id"]) if facts["state"] == "ALIVE" else ""
+
+
+def _no_model(actor_id: str, node: str) -> errors.NotFound:
+    return errors.NotFound(
+        f"actor {actor_id} on node {node} is a plain actor: make its class freezable, or attach() it first, and again "
+        "once it was restarted on another node",
+        {"actor_id": actor_id, "node": node},
+    )
 
 
 def _by_node(

@@ -11,14 +11,14 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from daemons import PrivateDaemon, wait_until
+from daemons import ROOT, PrivateDaemon, wait_until
 from gpusched import errors
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, states
@@ -40,10 +40,13 @@ class Nodes:
 
     def __init__(self, daemons: list[PrivateDaemon], directory: str) -> None:
         os.environ["GPUSCHED_RAY_DIR"] = directory
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        # The checkout that this is in, whatever is installed and wherever it is started.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         self.daemons = daemons
         self._cluster: Any = Cluster()
-        self._nodes: list[Any] = [self.add(number) for number in range(len(daemons))]
+        self._nodes: list[Any] = []
+        for _ in daemons:
+            self.append()
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level=40)
 
     def add(self, number: int) -> Any:
@@ -58,6 +61,13 @@ class Nodes:
     def kill(self, number: int) -> None:
         """The node's raylet and everything below it, at once."""
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
+
+    def append(self) -> None:
+        """One more node, for the daemon that is the next in ``daemons``."""
+        self._nodes.append(self.add(len(self._nodes)))
+
+    def node_id(self, number: int) -> str:
+        return str(self._nodes[number].node_id)
 
     def replace(self, number: int) -> None:
         self._nodes[number] = self.add(number)
@@ -133,13 +143,13 @@ def node_that_joins(nodes: Nodes, a: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def three_nodes() -> Iterator[Nodes]:
-    daemons = [PrivateDaemon(vram="64M") for _ in range(3)]
+def several_nodes(count: int) -> Iterator[Nodes]:
+    daemons = [PrivateDaemon(vram="64M") for _ in range(count)]
     nodes = None
     with tempfile.TemporaryDirectory(prefix="gsr-", dir="/tmp") as directory:
         try:
-            for daemon in daemons:
-                daemon.start()
+            with ThreadPoolExecutor(count) as starting:
+                list(starting.map(PrivateDaemon.start, daemons))
             nodes = Nodes(daemons, directory)
             yield nodes
         finally:
@@ -156,7 +166,7 @@ def main() -> None:
     def said(what: str) -> None:
         print(f"{time.monotonic() - begun:5.1f} s: {what}", flush=True)
 
-    with three_nodes() as nodes:
+    with several_nodes(3) as nodes:
         b = [None, *(nodes.model(f"b{number}", number, start_frozen=True) for number in (1, 2))]
         a = [nodes.model(f"a{number}", number) for number in range(3)]
         said("five models on three nodes")

@@ -249,8 +249,11 @@ def test_what_is_no_model_is_named(make: Callable[..., Any], cluster: PrivateDae
         freeze(3)
     plain: Any = ray.remote(Model).remote()
     get(plain.add.remote())
-    with pytest.raises(errors.DeadlineExceeded, match="is its class freezable"):
-        get(freeze(plain, timeout_s=0.5))
+    with pytest.raises(errors.NotFound, match=r"is a plain actor: make its class freezable, or at"):
+        get(freeze(plain), timeout=10)  # at once: waiting makes no difference
+    late: Any = ray.remote(resources={"what nobody has": 1})(Model).remote()
+    with pytest.raises(errors.DeadlineExceeded, match=r"after 0\.5 s: is there room for it"):
+        get(freeze(late, timeout_s=0.5))
     model = make("dead")
     ray.kill(model)
     names = cluster.client().processes
