@@ -15,6 +15,12 @@ from daemons import PrivateDaemon, wait_until
 HERE = Path(__file__).resolve().parent
 #: Of the one simulated node.
 GPUS = 2
+#: What operators set against NVLink multicast.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +43,7 @@ def cluster(ray_daemon: PrivateDaemon) -> Iterator[PrivateDaemon]:
         "GPUSCHED_SOCKET": ray_daemon.socket,
         "GPUSCHED_RAY_DIR": str(ray_daemon.directory / "ray"),
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
-        "NCCL_NVLS_ENABLE": "0",
+        **NO_MULTICAST,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     before = {name: os.environ.get(name) for name in variables}

@@ -71,7 +71,8 @@ class Model:
             "cwd": str(Path.cwd()),
             "executable": sys.executable,
             "path": list(sys.path),
-            "multicast": os.environ.get("NCCL_NVLS_ENABLE"),
+            "uid": os.getuid(),
+            "environment": dict(os.environ),
         }
 
     @ray.method(num_returns=2)

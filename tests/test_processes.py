@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from daemons import PrivateDaemon, request, wait_until
+from gpusched.config import PASSED_ON
 from gpusched.mechanisms.sim.driver import SimDriver
 from live import (
     ask,
@@ -37,6 +38,8 @@ from live import (
 )
 
 GRACE_S = 0.6
+#: Against NVLink multicast, set for the daemon.
+OPERATORS = dict(zip(PASSED_ON, ("0", "1", "1"), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
     config = tmp_path_factory.mktemp("config") / "config.toml"
     config.write_text(f'kill_grace = "{GRACE_S}s"\n')
     daemon = PrivateDaemon(
-        gpus=2, vram="64M", args=["--config", str(config)], env={"DAEMONS_OWN": "secret"}
+        gpus=2,
+        vram="64M",
+        args=["--config", str(config)],
+        env={"DAEMONS_OWN": "secret", **OPERATORS},
     )
     daemon.start()
     yield daemon
@@ -111,6 +117,15 @@ def test_ours_goes_over_the_callers_environment(daemon: PrivateDaemon) -> None:
     assert (env["CUDA_DEVICE_ORDER"], env["GPUSCHED_MANAGED"]) == ("PCI_BUS_ID", "1")
     env = environment_of(daemon, env=hostile, gpus=[1, 0])
     assert env["CUDA_VISIBLE_DEVICES"] == f"{all_gpus[1]},{all_gpus[0]}"
+
+
+def test_an_operators_variables_are_handed_on_whatever_the_caller_sends(
+    daemon: PrivateDaemon,
+) -> None:
+    assert OPERATORS.items() <= environment_of(daemon).items()
+    own = {"PATH": "/usr/bin:/bin", "NCCL_NVLS_ENABLE": "1"}
+    env = environment_of(daemon, env=own)
+    assert {name: env[name] for name in OPERATORS} == {**OPERATORS, "NCCL_NVLS_ENABLE": "1"}
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,25 @@ def test_a_gpu_that_the_daemon_does_not_know_is_named(ray_id: str) -> None:
         choose_gpus([ray_id], None, KNOWN)
 
 
+def free_memory() -> float:
+    """In bytes, as Ray counts it."""
+    found: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return found["memory"]
+
+
 def test_roles_share_a_bundle_and_their_hosts_the_same_gpu(cluster: PrivateDaemon) -> None:
     roles = 2
-    group = place_models(2, roles, parked_bytes=2**20)
+    parked, free = 2**20, free_memory()
+    group = place_models(2, roles, parked_bytes=parked)
     get(group.ready())
+    taken = 2 * parked
+    wait_until(
+        lambda: free - free_memory() == taken, within_s=10, what="Ray counts the RAM as taken"
+    )
     made = [
-        freezable(Model).options(**on_gpu_of(group, gpu, roles, parked_bytes=2**19)).remote()
+        freezable(Model)
+        .options(**on_gpu_of(group, gpu, roles, parked_bytes=parked // roles))
+        .remote()
         for gpu in range(2)
         for _ in range(roles)
     ]

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from daemons import PrivateDaemon
-from ray_cluster import get
+from ray_cluster import NO_MULTICAST, get
 from ray_integration import HostError, freezable
 from ray_models import AsyncModel, Model
 
@@ -37,17 +37,47 @@ def test_a_call_gives_a_reference_and_state_stays_in_the_host(model: Any) -> Non
 def test_the_host_is_the_workers_twin_outside_of_ray(model: Any, hosts: Any) -> None:
     found = get(model.where.remote())
     entry = hosts("calls")
-    assert entry["state"] == "active" and entry["user"]
+    assert (entry["state"], entry["uid"], found["uid"]) == ("active", os.getuid(), os.getuid())
     assert found["made_on"] == found["called_on"] == "MainThread"
     assert not found["is_ray_initialised"]
     # The other one Ray itself sets where it is imported.
     assert set(found["ray_variables"]) == {"RAY_CLIENT_MODE", "RAY_ENABLE_AUTO_CONNECT"}
     assert found["cuda"].startswith("GPU-sim")
     assert found["executable"] == sys.executable
-    assert found["multicast"] == "0"
+    assert NO_MULTICAST.items() <= found["environment"].items()
     worker = get(ray.remote(lambda: (Path.cwd(), list(sys.path))).remote())
     assert Path(found["cwd"]) == worker[0]
     assert [p for p in worker[1] if p not in found["path"]] == []
+
+
+def test_the_host_has_what_the_runtime_environment_gives_its_worker(cluster: PrivateDaemon) -> None:
+    given = {"env_vars": {"OF_THE_RUNTIME": "yes"}}
+    of_host = freezable(env={"OF_THE_HOST": "yes"})(Model)
+    handle = of_host.options(runtime_env=given, num_gpus=0.1).remote()
+    found = get(handle.where.remote())["environment"]
+    assert (found["OF_THE_RUNTIME"], found["OF_THE_HOST"]) == ("yes", "yes")
+
+
+def test_ray_is_not_begun_by_a_model_that_uses_it(model: Any) -> None:
+    def use(self: Any) -> tuple[str, bool]:
+        try:
+            ray.get(ray.put(1))
+        except Exception as error:  # noqa: BLE001 - Ray's own, of whatever class
+            return str(error), ray.is_initialized()
+        return "it worked", True
+
+    said, is_initialised = get(model.__ray_call__.remote(use))
+    assert "ray.init" in said.lower() or "not initialized" in said.lower(), said
+    assert not is_initialised
+
+
+def test_a_call_asks_the_daemon_nothing(model: Any, cluster: PrivateDaemon) -> None:
+    calls, client = 300, cluster.client()
+    get(model.double.remote(1))
+    before = client.status()["metrics"]["requests"]
+    get([model.double.remote(n) for n in range(calls)])
+    # The agent looks at its node's models by the clock.
+    assert client.status()["metrics"]["requests"] - before < calls / 10
 
 
 def test_arguments_are_checked_where_the_call_is_made(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import ray
 
 from daemons import PrivateDaemon, wait_until
 from gpusched import errors
+from gpusched.mechanisms.sim.script import Script
 from ray_cluster import get, states
 from ray_integration import (
     DrainTimeout,
@@ -80,6 +82,42 @@ def test_a_swap_that_cannot_be_leaves_all_as_it_was(
     assert refused.value.cause.details["gpus"]  # type: ignore[attr-defined]
     assert states(off, on, small) == ["frozen", "active", "active"]
     assert get(small.add.remote()) == 1
+
+
+def test_a_swap_that_fails_at_its_end_is_taken_back_whole(
+    pair: tuple[Any, Any], cluster: PrivateDaemon
+) -> None:
+    off, on = pair
+    script = Script(cluster.sim_dir)
+    host = get(status(off))["pid"]
+    script.add("restore", pid=host, when="middle", error="OUT_OF_MEMORY")
+    try:
+        with pytest.raises(errors.GpuschedError):
+            get(swap(on, off))
+        assert script.fired("restore"), "the other one was off by then"
+    finally:
+        script.clear()
+    assert states(off, on) == ["frozen", "active"]
+    waiting = off.contents.remote()
+    assert get(on.contents.remote()) == b"first bytes"
+    get(swap(on, off))
+    assert get(waiting) == b"first bytes"
+
+
+def test_everything_can_be_awaited(pair: tuple[Any, Any]) -> None:
+    off, on = pair
+
+    async def drive() -> list[Any]:
+        gone, come = await swap(on, off)
+        frozen = await freeze(off)
+        thawed, called = await asyncio.gather(thaw(on), on.contents.remote())
+        assert (await status([on]))[0]["state"] == "active"
+        with pytest.raises(errors.InsufficientGpuMemory):
+            await thaw(off)
+        return [gone["tier"], come["from_tier"], frozen["tier"], thawed["from_tier"], called]
+
+    found = asyncio.run(asyncio.wait_for(drive(), 30))
+    assert found == ["ram", "ram", "ram", "ram", b"first bytes"]
 
 
 def test_a_list_goes_off_and_comes_on_as_one(

@@ -92,6 +92,22 @@ def test_read_only_arrays_stay_read_only() -> None:
     assert not pickling.loads(payload, buffers).flags.writeable
 
 
+def test_a_torch_tensor_lies_beside_its_pickle_and_is_made_again_without_a_copy() -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(MIB, dtype=torch.float32).reshape(1024, -1)
+    payload, buffers = pickling.dumps({"weights": tensor})
+    assert len(payload) < 1000
+    assert [direct.address_of(each) for each in buffers] == [tensor.data_ptr()]
+    received = [memoryview(bytearray(each)) for each in buffers]
+    found = pickling.loads(payload, received)["weights"]
+    assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    assert found.data_ptr() == direct.address_of(received[0])
+    # What is not plain memory goes as torch itself would have it.
+    odd = tensor.t()[::2].requires_grad_()
+    back = pickling.loads(*pickling.dumps(odd))
+    assert torch.equal(back, odd) and back.requires_grad
+
+
 HOST = """
 import sys, numpy as np
 from pathlib import Path
