@@ -23,7 +23,7 @@ from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, states
 from ray_integration import DrainTimeout, attach, freeze, group, on_gpu, status, swap, thaw
 from ray_models import Model
-from ray_three_nodes import SIZE, Nodes, several_nodes
+from ray_three_nodes import GONE_S, SIZE, Nodes, several_nodes
 
 #: Fits beside one of ``SIZE``.
 SMALL = SIZE // 4
@@ -158,7 +158,7 @@ def node_killed_in_the_middle(nodes: Nodes, ranks: Any) -> None:
     assert gone.value.cause.details["not_undone"] == []  # type: ignore[attr-defined]
     assert states(first, second) == ["active", "active"]
     assert contents(first, second) == [b"first bytes"] * 2
-    await_no_hosts(nodes.daemons[2], within_s=15)
+    await_no_hosts(nodes.daemons[2], within_s=GONE_S)
 
 
 def restarted_on_another_node(first: Any, moved: Any, lost: str) -> None:

@@ -20,10 +20,11 @@ from ray.cluster_utils import Cluster
 
 from daemons import ROOT, PrivateDaemon, wait_until
 from gpusched import errors
+from gpusched.mechanisms.sim import device
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, states
-from ray_integration import freezable, freeze, status, swap, thaw
-from ray_models import Model
+from ray_integration import agent, compat, freezable, freeze, status, swap, thaw
+from ray_models import Model, Rank
 
 #: Seconds of Ray's keepalive, in minutes by default: in the environment that this program is started with.
 KEEPALIVE_S = 3
@@ -33,6 +34,8 @@ ENVIRONMENT = {
     "RAY_grpc_client_keepalive_timeout_ms": str(ANSWER_S * 1000),
 }
 SIZE = 40 * 2**20  # two do not fit on a node's GPU
+#: "Hosts gone within 10 s of their actor's final death."
+GONE_S = 10.0
 
 
 class Nodes:
@@ -57,6 +60,10 @@ class Nodes:
             env_vars={"GPUSCHED_SOCKET": self.daemons[number].socket},
             include_dashboard=False,
         )
+
+    def leave(self, number: int) -> None:
+        """The node says goodbye first."""
+        self._cluster.remove_node(self._nodes[number], allow_graceful=True)
 
     def kill(self, number: int) -> None:
         """The node's raylet and everything below it, at once."""
@@ -112,6 +119,50 @@ def daemon_killed_in_the_middle(nodes: Nodes, a: list[Any], b: list[Any]) -> Non
     assert [get(each.contents.remote()) for each in a] == [b"first bytes"] * 3
 
 
+def agents_are_pinned() -> None:
+    """One for each node, detached, and where it says that it is."""
+    nodes = [each["NodeID"] for each in ray.nodes()]  # type: ignore[no-untyped-call]
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    found = [each["name"] for each in listed if each["namespace"] == agent.NAMESPACE]
+    assert sorted(found) == sorted(f"agent-{node}" for node in nodes)
+    where = [agent.handle(node).__ray_call__.remote(_own_node) for node in nodes]
+    assert get(where) == nodes
+
+
+def _own_node(_agent: Any) -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+class LargeRank(Rank):
+    def __init__(self, rank: int, directory: str) -> None:
+        super().__init__(rank, directory)
+        self.vram = device.init().allocate(SIZE // 8)
+
+
+def ranks_of_two_nodes_meet(nodes: Nodes) -> None:
+    """Their hooks wait for one another, before a freeze and after it, also when one node then refuses it."""
+    directory = str(nodes.daemons[0].directory)
+    ranks = [
+        freezable(LargeRank).options(resources={f"node{number}": 0.1}).remote(number, directory)
+        for number in range(2)
+    ]
+    get([each.__ray_ready__.remote() for each in ranks])
+    both = ["before_freeze on MainThread", "after_thaw on MainThread"]
+    get(freeze(ranks))
+    get(thaw(ranks))
+    assert get([each.history.remote() for each in ranks]) == [both, both]
+    script = Script(nodes.daemons[1].sim_dir)
+    script.add("checkpoint", error="OUT_OF_MEMORY")
+    with pytest.raises(errors.GpuschedError) as refused:
+        get(freeze(ranks))
+    assert refused.value.cause.details["not_undone"] == []  # type: ignore[attr-defined]
+    assert states(*ranks) == ["active", "active"]
+    assert get([each.history.remote() for each in ranks]) == [both * 2, both * 2]
+    script.clear()
+    for each in ranks:
+        ray.kill(each)
+
+
 def frozen_for_longer_than_the_keepalive(model: Any) -> None:
     get(freeze(model))
     refs = [model.add.remote(i) for i in range(20)]
@@ -130,16 +181,33 @@ def node_killed_in_the_middle(nodes: Nodes, a: list[Any]) -> None:
     with pytest.raises((errors.Unavailable, errors.NotFound)):
         get(ref, timeout=60)
     assert states(a[0], a[1]) == ["active", "active"]
-    await_no_hosts(nodes.daemons[2], within_s=15)
+    await_no_hosts(nodes.daemons[2], within_s=GONE_S)
 
 
-def node_that_joins(nodes: Nodes, a: list[Any]) -> None:
+def node_that_joins(nodes: Nodes, a: list[Any]) -> Any:
+    # Else the model may be placed on the node that is dead.
+    wait_until(lambda: len(compat.living_nodes()) == 2, within_s=30, what="Ray knows of the death")
     nodes.replace(2)
     late = nodes.model("late", 2)
     assert len(get(freeze([a[0], late]))) == 2
     assert states(a[0], late) == ["frozen", "frozen"]
     get(thaw([a[0], late]))
     assert get(late.contents.remote()) == b"first bytes"
+    return late
+
+
+def node_that_leaves(nodes: Nodes, a: list[Any], late: Any) -> None:
+    """In the middle of a freeze, as one that dies."""
+    script = Script(nodes.daemons[2].sim_dir)
+    script.add("checkpoint", when="before", delay_s=2.0)
+    ref = freeze([a[0], late])
+    wait_until(lambda: states(a[0]) == ["frozen"], within_s=20, what="the first is off")
+    nodes.leave(2)
+    with pytest.raises((errors.Unavailable, errors.NotFound)):
+        get(ref, timeout=60)
+    assert states(a[0]) == ["active"]
+    await_no_hosts(nodes.daemons[2], within_s=GONE_S)
+    assert get(a[0].contents.remote()) == b"first bytes"
 
 
 @contextlib.contextmanager
@@ -172,14 +240,19 @@ def main() -> None:
         said("five models on three nodes")
         moved_over_nodes(nodes, a, b)
         said("moved over three nodes, and taken back")
+        agents_are_pinned()
+        ranks_of_two_nodes_meet(nodes)
+        said("ranks on two nodes, whose hooks meet")
         daemon_killed_in_the_middle(nodes, a, b)
         said("a daemon killed in the middle")
         frozen_for_longer_than_the_keepalive(a[0])
         said("frozen for longer than the keepalive")
         node_killed_in_the_middle(nodes, a)
         said("a node killed in the middle")
-        node_that_joins(nodes, a)
+        late = node_that_joins(nodes, a)
         said("a node that joined later")
+        node_that_leaves(nodes, a, late)
+        said("it left in the middle")
     said("all right")
 
 

@@ -264,7 +264,7 @@ def test_the_hosts_of_a_cluster_that_is_gone_end_without_ray(cluster: PrivateDae
     """Nobody is left who could ask Ray: the keeper acts."""
     options = {"num_cpus": 2, "include_dashboard": False}
     run_driver(address="local", options=options, detached=False, kill=True)
-    await_no_hosts(cluster, "goes", within_s=15)
+    await_no_hosts(cluster, "goes", within_s=GONE_S)
 
 
 # -- the daemon -----------------------------------------------------------------------------------
