@@ -3,9 +3,12 @@
 JSON lines, one answer each. A connection that asked to ``prepare`` holds the model's calls back until it says
 ``settled``, or ends: nobody's crash leaves a gate closed.
 
-    {"do": "prepare", "drain": true, "timeout_s": 60, "disconnect": true}    calls wait; those under way have ended
-    {"do": "settled", "on_gpu": false}                                       where the model is now
-    {"do": "status"}                                                         who calls and who waits
+    {"do": "prepare", "drain": true, "timeout_s": 60}    calls wait; those under way have ended
+    {"do": "quiesce"}                                    no connection is left, and before_freeze has run
+    {"do": "settled", "on_gpu": false}                   where the model is now
+    {"do": "status"}                                     who calls and who waits
+
+``quiesce`` comes when all models that go together are prepared: their hooks may wait for one another.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class Conversation(Protocol):
     """What is behind one connection of an agent."""
 
     def prepare(self, request: dict[str, Any]) -> None: ...
+
+    def quiesce(self) -> None: ...
 
     def settled(self, *, on_gpu: bool) -> None: ...
 
@@ -94,6 +99,8 @@ def _answer(conversation: Conversation, request: dict[str, Any]) -> dict[str, An
         match request["do"]:
             case "prepare":
                 conversation.prepare(request)
+            case "quiesce":
+                conversation.quiesce()
             case "settled":
                 conversation.settled(on_gpu=request["on_gpu"])
             case "status":
@@ -133,13 +140,15 @@ class ProxyConversation:
             except errors.DeadlineExceeded:
                 self._release(on_gpu=None)
                 raise
-            if request["disconnect"]:
-                self._proxy.links.drop()
-                try:
-                    self._proxy.hooks.before_freeze()
-                except errors.GpuschedError:
-                    self._release(on_gpu=None)
-                    raise
+
+    def quiesce(self) -> None:
+        """A hook that fails lets the calls go again."""
+        self._proxy.links.drop()
+        try:
+            self._proxy.hooks.before_freeze()
+        except errors.GpuschedError:
+            self._release(on_gpu=None)
+            raise
 
     def settled(self, *, on_gpu: bool) -> None:
         if self._holds:

@@ -133,6 +133,9 @@ class _AttendedConversation:
         if request["drain"] and self._slots is None:
             self._slots = self._attended.hold(request["timeout_s"])
 
+    def quiesce(self) -> None:
+        """It has no hooks."""
+
     def settled(self, *, on_gpu: bool) -> None:
         self.end()
 

@@ -3,6 +3,7 @@
 Runs in the node's agent, and in a proxy whose policy is to thaw by itself. Standard library and the SDK only.
 
     prepare   the proxies of what goes off hold their calls back and let those under way end (drain)
+    quiesce   once all have: they drop their connections, and the models' hooks run, which may wait for one another
     move      the daemon freezes and thaws, all or nothing; a daemon that dies meanwhile is waited for and asked again
     settle    every proxy is told where its model is now; after an error that is what the daemon says
 
@@ -32,7 +33,8 @@ DRAIN_TIMEOUT_S: Final = 60.0
 DAEMON_TIMEOUT_S: Final = 30.0
 _RETRY_S: Final = 0.2
 _CONNECT_TIMEOUT_S: Final = 5.0
-_ANSWER_MARGIN_S: Final = 10.0 + hooks.TIMEOUT_S
+_ANSWER_MARGIN_S: Final = 10.0
+_HOOKS_TIMEOUT_S: Final = hooks.TIMEOUT_S + _ANSWER_MARGIN_S
 
 
 class ProxyLine:
@@ -114,9 +116,17 @@ class Held:
                 line.send(do="prepare", **how)
 
     def await_prepared(self, timeout_s: float) -> None:
-        """Raises DrainTimeout, HookFailed: then the move must not be."""
+        """Raises DrainTimeout: then the move must not be."""
         for line, _ in self._lines:
             line.answer(timeout_s + _ANSWER_MARGIN_S)
+
+    def quiesce(self) -> None:
+        """What goes off has drained, all of it. Raises HookFailed: then the move must not be."""
+        going = [line for line, on_gpu in self._lines if not on_gpu]
+        for line in going:
+            line.send(do="quiesce")
+        for line in going:
+            line.answer(_HOOKS_TIMEOUT_S)
 
     def settle(self) -> None:
         """The move is done: tells all where their models are. Raises HookFailed once all have answered; calls go on."""
@@ -125,7 +135,7 @@ class Held:
             line.send(do="settled", on_gpu=on_gpu)
         for line, _ in self._lines:
             try:
-                line.answer(_ANSWER_MARGIN_S)
+                line.answer(_HOOKS_TIMEOUT_S)
             except HookFailed as error:
                 failed = failed or error
             except errors.GpuschedError:
@@ -144,14 +154,16 @@ def prepared(
 ) -> Iterator[Held]:
     """Within the block the models' calls wait, and (``drain``) none of ``off`` is under way.
 
-    Raises DrainTimeout when one is still under way after ``timeout_s`` seconds; then all go on. Proxies that have
-    died need no preparation: their calls are lost or will be made again by Ray.
+    Raises DrainTimeout when one is still under way after ``timeout_s`` seconds; then all go on, and no hook has run.
+    Proxies that have died need no preparation: their calls are lost or will be made again by Ray.
     """
     held = Held()
     try:
-        held.hold(off, on_gpu=False, drain=drain, timeout_s=timeout_s, disconnect=True)
-        held.hold(on, on_gpu=True, drain=False, timeout_s=timeout_s, disconnect=False)
+        held.hold(off, on_gpu=False, drain=drain, timeout_s=timeout_s)
+        held.hold(on, on_gpu=True, drain=False, timeout_s=timeout_s)
         held.await_prepared(timeout_s)
+        if drain:
+            held.quiesce()
         yield held
     finally:
         held.close()

@@ -181,5 +181,8 @@ class Rank:
     def fail(self, name: str | None) -> None:
         self.fails = name
 
+    def slow(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def history(self) -> list[str]:
         return self.said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import ray
 
 from daemons import PrivateDaemon
 from ray_cluster import await_no_hosts, get, states
-from ray_integration import HookFailed, freezable, freeze, group, thaw
+from ray_integration import DrainTimeout, HookFailed, freezable, freeze, group, thaw
 from ray_models import Rank
 
 pytestmark = pytest.mark.ray
@@ -48,6 +49,17 @@ def test_a_hook_that_fails_stops_the_freeze_of_all(ranks: list[Any]) -> None:
     with pytest.raises(HookFailed, match=r"before_freeze failed: .*is told to fail"):
         get(freeze("ranks"))
     assert states(*ranks) == ["active", "active"]
+    assert get([rank.history.remote() for rank in ranks]) == [[], []]
+
+
+def test_a_rank_that_is_still_called_stops_the_freeze_before_any_hook(ranks: list[Any]) -> None:
+    busy = ranks[1].slow.remote(1.5)
+    begun = time.monotonic()
+    with pytest.raises(DrainTimeout):
+        get(freeze("ranks", timeout_s=0.3))
+    assert time.monotonic() - begun < 1.4, "nobody's hook has waited for the other's"
+    assert states(*ranks) == ["active", "active"]
+    get(busy)
     assert get([rank.history.remote() for rank in ranks]) == [[], []]
 
 
