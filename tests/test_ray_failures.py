@@ -16,7 +16,7 @@ import ray
 
 from daemons import ROOT, PrivateDaemon, wait_until
 from gpusched.client import GpuSched
-from gpusched.errors import DaemonUnavailable
+from gpusched.errors import DaemonUnavailable, LeaseHeld
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, names, states
 from ray_integration import agent, exchange, freeze, status, swap, thaw
@@ -238,6 +238,43 @@ def test_a_swap_goes_on_without_the_driver_that_asked_for_it(
     )
     assert get(off.contents.remote()) == b"first bytes"
     script.clear()
+
+
+HOLDING = """
+import time, ray
+ray.init(address={address!r}, log_to_driver=False, logging_level=40, namespace={namespace!r})
+from ray_integration import on_gpu
+with on_gpu("held"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow  # another driver
+def test_a_lease_ends_with_the_driver_that_holds_it(
+    make: Callable[..., Any], cluster: PrivateDaemon
+) -> None:
+    model = make("held", 8 * MIB)
+    context = ray.get_runtime_context()
+    program = HOLDING.format(address=context.gcs_address, namespace=context.namespace)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True
+    )
+    with driver:
+        try:
+            assert driver.stdout is not None and driver.stdout.readline() == b"held\n"
+            with pytest.raises(LeaseHeld):
+                get(freeze(model))
+        finally:
+            driver.kill()
+    wait_until(lambda: _can_be_frozen(model), within_s=GONE_S, what="the lease has ended")
+
+
+def _can_be_frozen(model: Any) -> bool:
+    try:
+        return bool(get(freeze(model))["tier"] == "ram")
+    except LeaseHeld:
+        return False
 
 
 def test_a_swap_goes_on_without_the_agent_that_performs_it(
