@@ -42,6 +42,7 @@ def cluster(ray_daemon: PrivateDaemon) -> Iterator[PrivateDaemon]:
     variables = {
         "GPUSCHED_SOCKET": ray_daemon.socket,
         "GPUSCHED_RAY_DIR": str(ray_daemon.directory / "ray"),
+        "RAY_metrics_report_interval_ms": "1000",  # of a test that waits for them
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
         **NO_MULTICAST,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

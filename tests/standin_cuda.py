@@ -32,7 +32,7 @@ def build(directory: Path) -> None:
         ("libcuda.so.1", [SOURCES / "libcuda.c"], ["-Wl,-soname,libcuda.so.1"]),
         ("libdirect.so", sorted(NATIVE.glob("*.c")), ["-Wshadow", "-mgeneral-regs-only"]),
     ):
-        command = [str(compiler()), "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+        command = [str(compiler()), "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
         command += ["-fPIC", "-shared", "-fvisibility=hidden", *more]
         command += ["-o", str(directory / target), *map(str, sources), "-ldl", "-lpthread"]
         subprocess.run(command, check=True, timeout=120)

@@ -255,7 +255,9 @@ def test_where_devices_cannot_reach_each_other_memory_is_the_drivers(
 # -- thousands ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", ["-n 1200", "-S -n 1200", ""])
+@pytest.mark.parametrize(
+    "limit", ["-n 1200", "-S -n 1200", pytest.param("", marks=pytest.mark.slow)]
+)
 def test_so_many_pieces_need_no_descriptor_each(
     bench: Bench, standin: Path, tmp_path: Path, limit: str
 ) -> None:
