@@ -289,11 +289,18 @@ def test_a_swap_goes_on_without_the_agent_that_performs_it(
     ray.kill(agent.handle(node_id), no_restart=False)
     with pytest.raises(ray.exceptions.ActorUnavailableError):
         get(ref)
-    # Another agent: what was asked is a success, done by now or not, and calls go on.
-    get(swap(on, off))
+    # Another agent, as soon as it is there: what was asked is a success, done by now or not, and calls go on.
+    wait_until(lambda: _is_there(swap(on, off)), within_s=20, what="another agent answers")
     assert states(off, on) == ["active", "frozen"]
     assert get(off.contents.remote()) == b"first bytes"
     script.clear()
+
+
+def _is_there(ref: Any) -> bool:
+    try:
+        return bool(get(ref))
+    except ray.exceptions.ActorUnavailableError:
+        return False
 
 
 @pytest.mark.slow  # a Ray of its own
