@@ -47,7 +47,7 @@ def once(program: Path, preload: str, turns: int = TURNS) -> dict[str, dict[str,
     return found
 
 
-def added(runs: list[dict[str, Any]], what: str) -> float:
+def share_added(runs: list[dict[str, Any]], what: str) -> float:
     """The median share that the library adds, over all turns, each compared with its own neighbour."""
     shares: list[float] = [
         with_ / without - 1
@@ -57,7 +57,7 @@ def added(runs: list[dict[str, Any]], what: str) -> float:
     return statistics.median(shares)
 
 
-def middle(runs: list[dict[str, Any]], what: str, which: str) -> float:
+def median_us(runs: list[dict[str, Any]], what: str, which: str) -> float:
     times: list[float] = [each for run in runs for each in run[what][which]]
     return statistics.median(times)
 
@@ -78,8 +78,8 @@ def main() -> None:
         for _ in range(options.rounds):
             result["runs"].append(once(program, preload))
     for what in result["runs"][0]:
-        without, with_ = (middle(result["runs"], what, which) for which in ("without", "with"))
-        share = added(result["runs"], what)
+        without, with_ = (median_us(result["runs"], what, which) for which in ("without", "with"))
+        share = share_added(result["runs"], what)
         print(f"{what:27} without {without:8.3f} us  with {with_:8.3f} us  {share:+.2%}")
     print(f"saved {machine.short(machine.save(machine.file_name(result), result, options.out))}")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from preload_cost import added, middle
+from preload_cost import median_us, share_added
 from report_data import Result, newest, of, slug
 from report_format import Page, counts, host, rate, spread, table
 
@@ -127,8 +127,8 @@ def preload_cost(page: Page) -> str:
     rows = [
         [
             what,
-            *(f"{middle(runs, what, each):.2f}" for each in ("without", "with")),
-            f"{added(runs, what):+.1%}",
+            *(f"{median_us(runs, what, each):.2f}" for each in ("without", "with")),
+            f"{share_added(runs, what):+.1%}",
         ]
         for what in runs[0]
     ]

@@ -9,13 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from daemons import ROOT, PrivateDaemon
-
-#: Never used on shared machines; the daemon and Ray pass it on.
-NO_MULTICAST = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
+from ray_cluster import NO_MULTICAST
 
 
 @contextlib.contextmanager

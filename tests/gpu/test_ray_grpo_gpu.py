@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from ray_on_gpu import NO_MULTICAST
 
 from daemons import ROOT, PrivateDaemon
+from ray_cluster import NO_MULTICAST
 
 pytest_plugins = ["gpu_fixtures"]
 pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.timeout(600)]

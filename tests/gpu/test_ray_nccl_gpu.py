@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_on_gpu import NO_MULTICAST, ray_with_daemon
+from ray_on_gpu import ray_with_daemon
 
+from ray_cluster import NO_MULTICAST
 from ray_integration.torch_groups import TorchDistributedHooks
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.ray, pytest.mark.timeout(600)]
