@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -485,6 +486,26 @@ def test_rtld_next_means_what_it_meant(standin: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == "11"
+
+
+@pytest.mark.root
+def test_a_set_uid_program_does_not_load_it(standin: Path, tmp_path: Path) -> None:
+    """The dynamic linker's word, on which the preload rests."""
+    env = os.environ | {"LD_PRELOAD": str(standin / "libdirect.so")}
+    program = tmp_path / "cat"
+    shutil.copy("/bin/cat", program)
+
+    def read(path: str) -> str:
+        return subprocess.run(
+            [program, path], env=env, capture_output=True, text=True, check=True, timeout=30
+        ).stdout
+
+    assert "libdirect.so" in read("/proc/self/maps")
+    os.chown(program, 65534, 65534)
+    program.chmod(0o4755)
+    if "Uid:\t0\t65534" not in read("/proc/self/status"):
+        pytest.skip("set-uid programs do not work in this directory")
+    assert "libdirect.so" not in read("/proc/self/maps")
 
 
 def test_the_benchmark_of_its_cost_compares_it_with_the_driver_in_one_process(
