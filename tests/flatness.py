@@ -44,9 +44,12 @@ def count(daemon: PrivateDaemon, client: GpuSched) -> dict[str, int]:
     found["processes of the daemon"] = len(ours["daemon"].children(recursive=True))
     found["VRAM in use, MiB"] = sum(gpu["mem_used_mb"] for gpu in status["gpus"])
     found["snapshots, MiB"] = status["memory"]["snapshots_mb"]
-    files = [path for path in daemon.state_dir.rglob("*") if path.is_file()]
+    files = {
+        path: path.stat().st_size for path in daemon.state_dir.rglob("*") if path.is_file()
+    }
     found["files of state"] = len(files)
-    found["files of state, KiB"] = sum(path.stat().st_size for path in files) >> 10
+    found["journal, KiB"] = files.pop(daemon.state_dir / "journal", 0) >> 10
+    found["other files of state, KiB"] = sum(files.values()) >> 10
     return found
 
 
@@ -67,9 +70,7 @@ def grown(
             return before[what] + slack_kib
         if "VRAM" in what:
             return before[what] + noise_mib
-        if (
-            what == "files of state, KiB"
-        ):  # the journal grows to its limit, and is then written anew
+        if what == "journal, KiB":  # grows to its limit, and is then written anew
             return max(before[what], (JOURNAL_LIMIT_BYTES >> 10) + 256)
         return before[what]
 
