@@ -23,7 +23,7 @@ from gpusched import errors
 from gpusched.mechanisms.cuda import direct, pool
 from gpusched.mechanisms.cuda.mover_client import Mover
 from gpusched.mechanisms.cuda.pool import Pool
-from gpusched.mechanisms.cuda.target import Phase, Target
+from gpusched.mechanisms.cuda.target import Operation, Phase, Refused, Target
 from gpusched.ports import DriverState
 from gpusched.units import MIB
 from standin_cuda import Program
@@ -298,6 +298,41 @@ def test_a_new_helper_goes_on_from_every_phase(bench: Bench, program: Program) -
         assert bench.state(program.pid) == DriverState.LOCKED
         bench.direct.unlock(program.pid)
         program.runs_on()
+
+
+def test_what_was_mapped_before_its_contents_came_is_filled_or_tried_again(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **_given: object) -> None:
+        raise errors.DriverError("the copy does not end")
+
+    def is_too_old(_target: Target) -> None:
+        raise Refused(Operation.MAP, -errno.EINVAL)
+
+    bench.freeze(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Mover, "finish", fail)
+        bench.thaw(program.pid)  # it is mapped, and empty: its own contents go there
+    assert bench.direct.last(program.pid).path == "own"
+    program.runs_on()
+
+    bench.freeze(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Mover, "finish", fail)
+        patched.setattr(Target, "attach", fail)
+        with pytest.raises(errors.DriverError, match="does not end"):
+            bench.thaw(program.pid)
+    assert phase(program.pid) == Phase.PARKED
+    bench.begin()
+    thaw_whatever(bench, program.pid)
+    program.runs_on()
+
+    bench.freeze(program.pid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "map", is_too_old)
+        bench.thaw(program.pid)
+    assert bench.direct.last(program.pid).path == "direct"
+    program.runs_on()
 
 
 def test_a_mover_killed_at_any_moment_loses_nothing(bench: Bench, program: Program) -> None:

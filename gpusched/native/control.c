@@ -26,7 +26,7 @@ enum { MAGIC = 0x47534431, VERSION = 1, BATCH = 64 };
 
 /* The phases of a process; the daemon knows the same numbers. */
 enum phase { RUNNING, CLOSED, PARKED };
-enum operation { STATE, CLOSE, OPEN, LIST, EXPORT, HELD, PARK, DROP, CREATE, ATTACH };
+enum operation { STATE, CLOSE, OPEN, LIST, EXPORT, HELD, PARK, DROP, CREATE, ATTACH, MAP };
 
 /* What the daemon can read at any moment, also of a stopped process. It writes `cancel` and `absorbed`. */
 struct page {
@@ -172,10 +172,13 @@ static CUresult fill(struct memory *memory) {
     return result;
 }
 
-static CUresult attach(bool from_shelter) {
+static CUresult map_all(void) {
     CUresult result = for_all(map);
-    if (result == CUDA_SUCCESS)
-        result = mappings_back();
+    return result == CUDA_SUCCESS ? mappings_back() : result;
+}
+
+static CUresult attach(bool from_shelter) {
+    CUresult result = map_all();
     if (result == CUDA_SUCCESS && from_shelter) {
         next_sheltered = (const char *)(uintptr_t)page->shelter;
         result = for_all(fill);
@@ -271,6 +274,8 @@ static CUresult perform(const struct request *request, struct reply *reply, int 
         if (phase != PARKED)
             return -EBUSY;
         return attach(request->argument != 0 && atomic_load(&page->absorbed));
+    case MAP: /* the contents may be on their way; ATTACH says that they are there */
+        return phase == PARKED ? map_all() : -EBUSY;
     }
     return -EINVAL;
 }

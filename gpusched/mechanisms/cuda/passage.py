@@ -207,6 +207,10 @@ class Passage:
                     raise _does_not_fit(target.pid, error) from error
             with phases.time("copy"):
                 _go(movers, out=False)
+                # It takes longer the more GPUs there are, and needs none of the contents. Where it fails (a library
+                # that does not know it, say) that is found and told of below.
+                with contextlib.suppress(Refused):
+                    target.map()
                 for mover in movers.values():
                     mover.finish(snapshot.size_bytes)
             with phases.time("map"):

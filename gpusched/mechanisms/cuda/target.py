@@ -81,6 +81,7 @@ class Operation(IntEnum):
     DROP = 7
     CREATE = 8
     ATTACH = 9
+    MAP = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +225,15 @@ class Target:
         """It holds no exported memory any more."""
         self._ask(Operation.DROP, 10.0)
 
+    def map(self) -> None:
+        """Maps what ``create`` made, while its contents may be on their way. Not needed before ``attach``."""
+        self._ask(Operation.MAP, 30.0)
+
     def attach(self, *, fill_bytes: int = 0) -> None:
-        """Maps what ``create`` made. ``fill_bytes``: and fills it with the contents that it has absorbed."""
+        """Maps what ``create`` made and ``map`` has not; from here on its contents are there.
+
+        ``fill_bytes``: and fills it with so many that it has absorbed.
+        """
         patience_s = 30.0 + fill_bytes / _LEAST_BYTES_S
         self._ask(Operation.ATTACH, patience_s, argument=int(fill_bytes > 0))
 
