@@ -36,6 +36,7 @@ from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.cuda.direct import DirectDriver
 from gpusched.mechanisms.cuda.passage import start_ticks
 from gpusched.mechanisms.cuda.pool import Pool
+from gpusched.preload import library, preloaded
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tests" / "gpu" / "torch_busy.py"
 START_S = 120.0
@@ -53,7 +54,7 @@ class Busy:
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"LD_PRELOAD": pool_home.library()},
+                env=os.environ | preloaded(library(), os.environ),
             )
         self.pid = self.process.pid
         until = time.monotonic() + START_S
@@ -202,7 +203,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     options = parser.parse_args()
     options.kinds, options.ways = options.kinds.split(","), options.ways.split(",")
-    if not pool_home.library():
+    if not library():
         parser.error("the library was not built: pip builds it where a C compiler is")
     return options
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from gpusched.mechanisms.cuda import pool_home
+from gpusched.preload import library
 
 SOURCE = Path(__file__).with_suffix(".c")
 TURNS = 60
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     options = parser.parse_args()
-    preload = pool_home.library()
+    preload = library()
     if not preload:
         sys.exit("preload_cost.py: the library was not built: install a C compiler, then gpusched")
     result: dict[str, Any] = machine.new_result("preload_cost", rehearsal=False)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gpusched.aio import AsyncGpuSched
     from gpusched.client import GpuSched
     from gpusched.errors import DaemonUnavailable, GpuschedError
+    from gpusched.preload import preload_env
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "GpuschedError",
     "__version__",
     "errors",
+    "preload_env",
     "types",
 ]
 
@@ -31,6 +33,7 @@ _HOME = {
     "GpuSched": "gpusched.client",
     "GpuschedError": "gpusched.errors",
     "errors": "gpusched.errors",
+    "preload_env": "gpusched.preload",
     "types": "gpusched.types",
 }
 

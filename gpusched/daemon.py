@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 import gpusched
-from gpusched import errors
+from gpusched import errors, preload
 from gpusched.config import Settings
 from gpusched.engine import recovery
 from gpusched.engine.core import Limits, Ports
@@ -298,7 +298,7 @@ def _limits(settings: Settings, backend: str, *, isolate: bool) -> Limits:
         {"GPUSCHED_SIM_DIR": str(sim_directory(settings.state_dir))} if backend == "sim" else {}
     )
     return Limits(
-        preload=pool_home.library() if backend == "cuda" and settings.direct else "",
+        preload=preload.library() if backend == "cuda" and settings.direct else "",
         ram_budget_bytes=settings.ram_budget_bytes,
         user_ram_budget_bytes=settings.user_ram_budget_bytes,
         disk_budget_bytes=settings.disk_budget_bytes,

@@ -44,9 +44,7 @@ def count(daemon: PrivateDaemon, client: GpuSched) -> dict[str, int]:
     found["processes of the daemon"] = len(ours["daemon"].children(recursive=True))
     found["VRAM in use, MiB"] = sum(gpu["mem_used_mb"] for gpu in status["gpus"])
     found["snapshots, MiB"] = status["memory"]["snapshots_mb"]
-    files = {
-        path: path.stat().st_size for path in daemon.state_dir.rglob("*") if path.is_file()
-    }
+    files = {path: path.stat().st_size for path in daemon.state_dir.rglob("*") if path.is_file()}
     found["files of state"] = len(files)
     found["journal, KiB"] = files.pop(daemon.state_dir / "journal", 0) >> 10
     found["other files of state, KiB"] = sum(files.values()) >> 10

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from daemons import PrivateDaemon, wait_until
-from gpusched import errors
+from gpusched import errors, preload, preload_env
 from gpusched.mechanisms.sim import device
 from gpusched.mechanisms.sim.script import Script
 from ray_cluster import await_no_hosts, get, names, states
@@ -148,6 +148,18 @@ def test_a_plain_actor_is_frozen_and_thawed_and_never_stopped(
     # As one that is adopted; a node without a disk tier says that first.
     with pytest.raises(errors.Unsupported, match=r"adopted|hibernate is not possible here"):
         get(hibernate(worker))
+    assert get(worker.digest.remote()) == digest
+
+
+@pytest.mark.skipif(not preload.library(), reason="the library was not built")
+def test_a_worker_may_be_started_with_the_library(plain: Callable[..., Any]) -> None:
+    """What that is good for is seen on a GPU alone: tests/gpu/test_ray_gpu.py."""
+    worker = plain(runtime_env={"env_vars": preload_env()})
+    digest = get(worker.digest.remote())
+    found = get(attach(worker))
+    assert preload.library() in Path(f"/proc/{found['pid']}/maps").read_text()
+    get(freeze(worker))
+    get(thaw(worker))
     assert get(worker.digest.remote()) == digest
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from conftest import StartDaemon
+from gpusched import preload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_examples_of_the_page_run_in_their_order(private_daemon: StartDaemon) -> None:
     page = (ROOT / "docs" / "sdk.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) >= 7
+    assert len(examples) >= 8
+    if not preload.library():  # there is no C compiler
+        examples = [each for each in examples if "preload_env" not in each]
     daemon = private_daemon(vram="1G")
     python = Path(sys.executable).parent
     ended = subprocess.run(

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from gpusched import preload
 from gpusched.client import GpuSched
 from gpusched.doctor.readings import Daemon, Directory, Disk, Host, Subject
 from gpusched.errors import GpuschedError
 from gpusched.mechanisms import cgroups
-from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.host import ProcHost
 
 DAEMON_TIMEOUT_S: Final = 3.0
@@ -45,7 +45,7 @@ def read() -> Host:
         cgroup=str(group.parent) if group else None,
         cgroup_writable=group is not None and os.access(group.parent, os.W_OK),
         compiler=next((path for name in _COMPILERS if (path := shutil.which(name))), None),
-        library=pool_home.library(),
+        library=preload.library(),
         clocksource=_text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         container=_container(),
         machine=_text("/sys/class/dmi/id/product_name") or _text("/sys/hypervisor/type"),

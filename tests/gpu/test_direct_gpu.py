@@ -19,15 +19,14 @@ from typing import Any
 import pytest
 
 from daemons import PrivateDaemon, wait_until
-from gpusched import GpuSched
+from gpusched import GpuSched, preload
 from gpusched.errors import GpuschedError
-from gpusched.mechanisms.cuda import pool_home
 from gpusched.mechanisms.cuda.target import Target
 
 pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
+    pytest.mark.skipif(not preload.library(), reason="the library was not built"),
     pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch"),
 ]
 

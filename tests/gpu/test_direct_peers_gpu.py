@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from daemons import PrivateDaemon, wait_until
-from gpusched import GpuSched
-from gpusched.mechanisms.cuda import pool_home
+from gpusched import GpuSched, preload
 from gpusched.mechanisms.cuda.target import Target
 
 pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
+    pytest.mark.skipif(not preload.library(), reason="the library was not built"),
     pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch"),
 ]
 

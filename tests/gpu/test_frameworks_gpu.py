@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from daemons import PrivateDaemon, wait_until
-from gpusched import GpuSched
-from gpusched.mechanisms.cuda import pool_home
+from gpusched import GpuSched, preload
 
 pytest_plugins = ["gpu_fixtures"]
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not pool_home.library(), reason="the library was not built"),
+    pytest.mark.skipif(not preload.library(), reason="the library was not built"),
 ]
 
 ROUNDS = int(os.environ.get("GPUSCHED_ROUNDS", "10"))

@@ -54,16 +54,21 @@ def test_two_hundred_swaps_of_hosted_pytorch_models() -> None:
         assert ray_swaps.grown(seen, slack=slack) == {}, seen
 
 
-def test_an_attached_pytorch_actor_gives_its_gpu_back_and_is_never_stopped() -> None:
+@pytest.mark.parametrize("path", ["driver", "direct"])
+def test_an_attached_pytorch_actor_gives_its_gpu_back_and_is_never_stopped(path: str) -> None:
     pytest.importorskip("torch")
     import ray
 
+    from gpusched import preload_env
     from ray_cluster import get
     from ray_integration import attach, freeze, status, thaw
 
+    options: dict[str, Any] = (
+        {"runtime_env": {"env_vars": preload_env()}} if path == "direct" else {}
+    )
     with ray_with_daemon(gpus=1) as daemon, daemon.client() as client:
         idle = client.status()["gpus"][0]["mem_used_mb"]
-        worker: Any = ray.remote(num_gpus=1)(TorchModel).remote(3, 2 << 30)
+        worker: Any = ray.remote(num_gpus=1, **options)(TorchModel).remote(3, 2 << 30)
         right = get(worker.digest.remote(), timeout=TIMEOUT_S)
         used = client.status()["gpus"][0]["mem_used_mb"]  # as NVML says
         assert used - idle > 2048
@@ -71,7 +76,8 @@ def test_an_attached_pytorch_actor_gives_its_gpu_back_and_is_never_stopped() -> 
         assert (found["stop"], found["gpus"]) == (False, [0])
         for _ in range(3):
             frozen = get(freeze(worker), timeout=TIMEOUT_S)
-            assert frozen["mem_mb"] > 2048
+            assert frozen["mem_mb"] >= 2048
+            assert frozen["path"] == path
             assert client.status()["gpus"][0]["mem_used_mb"] - idle < 64
             assert get(worker.touch_nothing.remote()) == found["pid"]
             waiting = worker.digest.remote()

@@ -1,4 +1,4 @@
-"""Where the pool lies, and where the preloaded library is.
+"""Where the pool lies.
 
 A root daemon gets a tmpfs of its own, with huge pages where the system allows them: those are made and registered
 several times as fast. Others, and who may not mount, use the host's shared memory.
@@ -14,7 +14,6 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-import gpusched
 from gpusched import errors
 from gpusched.mechanisms import proc
 
@@ -80,11 +79,3 @@ def in_use(state_dir: Path) -> Path | None:
         if is_ours and any(path.glob("process-*.json")):
             return path
     return None
-
-
-def library() -> str:
-    """The path of the library to preload; empty where it was not built, or where no linker would take the path."""
-    found = sorted((Path(gpusched.__file__).parent / "native").glob("direct*.so"))
-    if not found or any(c in str(found[0]) for c in ": \t\n"):
-        return ""
-    return str(found[0])
