@@ -212,11 +212,36 @@ def test_chunks_are_nobody_elses_while_a_mover_may_copy_into_them(
     with monkeypatch.context() as patched:
         patched.setattr(Mover, "finish", fail)
         patched.setattr(Pool, "release", note)
+        patched.setattr(Target, "can_hold", lambda *_: False)  # so the copy comes first
         bench.freeze(program.pid, keep_context=True)
     assert alive == [False]
     assert bench.direct.last(program.pid).path == "driver"
     bench.thaw(program.pid)
     program.runs_on()
+
+
+def test_a_copy_that_fails_beside_a_context_that_is_kept_is_made_at_the_next_move(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_mover: Mover, _size_bytes: int) -> None:
+        raise errors.DriverError("the copy does not end")
+
+    for deepen in (False, True):
+        bench.freeze(program.pid)
+        bench.thaw(program.pid)
+        with monkeypatch.context() as patched:
+            patched.setattr(Mover, "finish", fail)
+            with pytest.raises(errors.DriverError, match="does not end"):
+                bench.freeze(program.pid, keep_context=True)
+        kill_movers(bench)
+        bench.begin()
+        assert bench.state(program.pid) == DriverState.PARKED
+        assert memory_files(program.pid) > 0, "it holds what was not copied"
+        if deepen:
+            bench.direct.checkpoint(program.pid)
+            assert memory_files(program.pid) == 0
+        bench.thaw(program.pid)
+        program.runs_on()
 
 
 @pytest.mark.parametrize("at", ["let_go", "copy"])

@@ -16,10 +16,11 @@ def test_memory_descriptors_threads_and_vram_stay_flat_over_a_hundred_swaps() ->
     daemon = PrivateDaemon(backend="cuda")
     daemon.start()
     try:
-        # A context comes and goes with each: the driver's own use of VRAM is not the same to the MiB.
+        # Each cycle is two swaps. A context comes and goes with each: the driver's own use of VRAM is not the same to
+        # the MiB. Calls take long here, so that more of them may meet than in the warm-up.
         seen = flatness.swaps(
-            daemon, 50, vram="64M", warm_up=3, slack_kib=4096, noise_mib=32
-        )  # each cycle is two swaps
+            daemon, 50, vram="64M", warm_up=3, slack_kib=4096, noise_mib=32, calls=4
+        )
         print(json.dumps(seen, indent=1))
     finally:
         daemon.end()

@@ -65,10 +65,10 @@ class Passage:
         (stream-ordered, managed memory) would stay as well.
 
         Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it. A
-        process that may not have a descriptor for each piece cannot hold it: then the copy comes before the rest.
+        process that may not have a descriptor for each piece cannot hold it: then the copy comes before all else.
         """
         snapshot, deep = self._begin(target, keep_context=keep_context)
-        at_once = deep and target.can_hold(len(snapshot.places))
+        holds = target.can_hold(len(snapshot.places))
         has_begun = False
         try:
             with contextlib.ExitStack() as jobs:
@@ -78,19 +78,23 @@ class Passage:
                     # With the context's checkpoint beside the copy, mapping goes first, which is slow beside a copy;
                     # without, the copy begins with the first pieces.
                     _hand_over(
-                        target.export(keep=at_once), snapshot.by_gpu(), movers, and_go=not at_once
+                        target.export(keep=holds),
+                        snapshot.by_gpu(),
+                        movers,
+                        and_go=not (deep and holds),
                     )
                     _go(movers, out=True)
-                if not at_once:
+                if not holds:
                     self._finish_copy(snapshot, movers, phases)
                 has_begun = True
                 with phases.time("unmap"):
                     target.park()
                 phases.path = "direct"
-                if at_once:
+                if holds:
                     with ThreadPoolExecutor(1, "copy") as thread:
                         copying = thread.submit(self._finish_copy, snapshot, movers, phases)
-                        self._checkpoint_context(target.pid, phases)
+                        if deep:
+                            self._checkpoint_context(target.pid, phases)
                         copying.result()
         except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
             if has_begun:
@@ -102,7 +106,7 @@ class Passage:
                 target.drop()
             raise NotBegun from error
         self._let_go(target)
-        if deep and not at_once:
+        if deep and not holds:
             self._checkpoint_context(target.pid, phases)
 
     def _begin(self, target: Target, *, keep_context: bool) -> tuple[Snapshot, bool]:
