@@ -54,7 +54,7 @@ class Busy:
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | preloaded(library(), os.environ),
+                env=preloaded(library(), os.environ),
             )
         self.pid = self.process.pid
         until = time.monotonic() + START_S

@@ -23,16 +23,31 @@ def library() -> str:
 
 
 def preloaded(path: str, env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that add the library at ``path`` to what ``env`` preloads already."""
-    others = [each for each in env.get(_VARIABLE, "").split(":") if each not in ("", path)]
-    return {_VARIABLE: ":".join([path, *others])}
+    """``env`` with the library at ``path`` before whatever else it preloads."""
+    return {**env, _VARIABLE: ":".join([path, *_others(path, env)])}
+
+
+def not_preloaded(path: str, env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` without the library at ``path``; what else it preloads stays."""
+    left = {name: value for name, value in env.items() if name != _VARIABLE}
+    others = _others(path, env)
+    return {**left, _VARIABLE: ":".join(others)} if others else left
+
+
+def _others(path: str, env: Mapping[str, str]) -> list[str]:
+    """The linker takes colons and spaces between them."""
+    return [
+        each
+        for each in env.get(_VARIABLE, "").replace(" ", ":").split(":")
+        if each not in ("", path)
+    ]
 
 
 def preload_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables with which a program that ``run`` does not start can be moved at the speed of the bus.
 
-    They do nothing in programs that do not use CUDA. For workers that share device memory by CUDA IPC they are not:
-    that is refused in a program that has them. Give them at its start; later is too late.
+    They do nothing in programs that do not use CUDA. In programs that do, CUDA IPC does not work: workers that share
+    device memory with each other do without. Give them at its start; later is too late.
 
     Args:
         env: What it would be started with otherwise; what that preloads stays. By default nothing.
@@ -47,4 +62,4 @@ def preload_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
             "there is no library to preload: it is built when gpusched is installed where a C compiler is, and "
             "needs a path without spaces and colons; `gpusched doctor` says what is missing"
         )
-    return preloaded(path, {} if env is None else env)
+    return {_VARIABLE: preloaded(path, {} if env is None else env)[_VARIABLE]}

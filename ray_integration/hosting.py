@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from gpusched import errors, types
 from gpusched.client import GpuSched
+from gpusched.preload import library, not_preloaded
 from ray_integration import places
 from ray_integration.errors import HostLost
 from ray_integration.links import Links
@@ -91,14 +92,17 @@ def choose_gpus(
 
 
 def host_environment(own: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """The worker's environment for its host: without what makes a process part of a Ray cluster."""
+    """The worker's environment for its host: without what makes a process part of a Ray cluster.
+
+    And without the library that the worker itself may have: whether the host gets it is the daemon's to say.
+    """
     kept = {
         name: value
         for name, value in own.items()
         if not name.startswith("RAY_") and name != "CUDA_VISIBLE_DEVICES"
     }
     # Else the first use of Ray in the user's class would start a cluster of its own in the host.
-    return {**kept, **more, "RAY_ENABLE_AUTO_CONNECT": "0"}
+    return {**not_preloaded(library(), kept), **more, "RAY_ENABLE_AUTO_CONNECT": "0"}
 
 
 def start(

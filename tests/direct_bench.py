@@ -52,8 +52,12 @@ def memory_files(pid: int) -> int:
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             links.append(str(fd.readlink()))
-    maps = Path(f"/proc/{pid}/maps").read_text()
-    return sum("standin-vram" in link for link in links) + maps.count("standin-vram")
+    return sum("standin-vram" in link for link in links) + mapped(pid)
+
+
+def mapped(pid: int) -> int:
+    """The pieces of it that a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text().count("standin-vram")
 
 
 def phase(pid: int) -> Phase | None:

@@ -18,7 +18,7 @@ import pytest
 
 import preload_cost
 import standin_cuda
-from direct_bench import Bench, kill_movers, memory_files, off, phase, thaw_whatever
+from direct_bench import Bench, kill_movers, mapped, memory_files, off, phase, thaw_whatever
 from gpusched import errors
 from gpusched.mechanisms.cuda import direct, pool
 from gpusched.mechanisms.cuda.mover_client import Mover
@@ -194,6 +194,23 @@ def test_what_was_handed_out_in_vain_is_let_go_before_the_drivers_own_copy(
     program.runs_on()
 
 
+@pytest.mark.parametrize("keep_context", [False, True])
+def test_a_process_that_has_no_room_to_park_goes_the_drivers_way(
+    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch, keep_context: bool
+) -> None:
+    def has_no_room(_target: Target) -> None:
+        raise Refused(Operation.PARK, -errno.ENOMEM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "park", has_no_room)
+        bench.freeze(program.pid, keep_context=keep_context)
+    assert bench.state(program.pid) == DriverState.CHECKPOINTED
+    assert bench.direct.last(program.pid).path == "driver"
+    assert bench.direct.pool.snapshots() == []
+    bench.thaw(program.pid)
+    program.runs_on()
+
+
 def test_chunks_are_nobody_elses_while_a_mover_may_copy_into_them(
     bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,36 +229,11 @@ def test_chunks_are_nobody_elses_while_a_mover_may_copy_into_them(
     with monkeypatch.context() as patched:
         patched.setattr(Mover, "finish", fail)
         patched.setattr(Pool, "release", note)
-        patched.setattr(Target, "can_hold", lambda *_: False)  # so the copy comes first
         bench.freeze(program.pid, keep_context=True)
     assert alive == [False]
     assert bench.direct.last(program.pid).path == "driver"
     bench.thaw(program.pid)
     program.runs_on()
-
-
-def test_a_copy_that_fails_beside_a_context_that_is_kept_is_made_at_the_next_move(
-    bench: Bench, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_mover: Mover, _size_bytes: int) -> None:
-        raise errors.DriverError("the copy does not end")
-
-    for deepen in (False, True):
-        bench.freeze(program.pid)
-        bench.thaw(program.pid)
-        with monkeypatch.context() as patched:
-            patched.setattr(Mover, "finish", fail)
-            with pytest.raises(errors.DriverError, match="does not end"):
-                bench.freeze(program.pid, keep_context=True)
-        kill_movers(bench)
-        bench.begin()
-        assert bench.state(program.pid) == DriverState.PARKED
-        assert memory_files(program.pid) > 0, "it holds what was not copied"
-        if deepen:
-            bench.direct.checkpoint(program.pid)
-            assert memory_files(program.pid) == 0
-        bench.thaw(program.pid)
-        program.runs_on()
 
 
 @pytest.mark.parametrize("at", ["let_go", "copy"])
@@ -331,13 +323,19 @@ def test_what_was_mapped_before_its_contents_came_is_filled_or_tried_again(
     def fail(*_: object, **_given: object) -> None:
         raise errors.DriverError("the copy does not end")
 
+    def is_mapped_and_fails(_mover: Mover, _size_bytes: int) -> None:
+        seen.append((phase(program.pid), mapped(program.pid) > 0))
+        raise errors.DriverError("the copy does not end")
+
     def is_too_old(_target: Target) -> None:
         raise Refused(Operation.MAP, -errno.EINVAL)
 
+    seen: list[tuple[Phase | None, bool]] = []
     bench.freeze(program.pid)
     with monkeypatch.context() as patched:
-        patched.setattr(Mover, "finish", fail)
-        bench.thaw(program.pid)  # it is mapped, and empty: its own contents go there
+        patched.setattr(Mover, "finish", is_mapped_and_fails)
+        bench.thaw(program.pid)  # its own contents go there
+    assert seen == [(Phase.PARKED, True)]
     assert bench.direct.last(program.pid).path == "own"
     program.runs_on()
 
@@ -348,8 +346,11 @@ def test_what_was_mapped_before_its_contents_came_is_filled_or_tried_again(
         with pytest.raises(errors.DriverError, match="does not end"):
             bench.thaw(program.pid)
     assert phase(program.pid) == Phase.PARKED
+    assert memory_files(program.pid) > 0
     bench.begin()
-    thaw_whatever(bench, program.pid)
+    bench.direct.checkpoint(program.pid)
+    assert memory_files(program.pid) == 0, "what has no contents is not saved"
+    bench.thaw(program.pid)
     program.runs_on()
 
     bench.freeze(program.pid)

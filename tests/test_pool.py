@@ -111,6 +111,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
         ({}, ("GPU-a", "GPU-b"), None),
         ({"GPUSCHED_DIRECT": "1"}, ("GPU-a", "GPU-b"), "/lib/direct.so"),
         ({"LD_PRELOAD": "/lib/mine.so"}, ("GPU-a", "GPU-b"), "/lib/mine.so"),
+        ({"LD_PRELOAD": "/lib/direct.so"}, ("GPU-a", "GPU-b"), None),
+        ({"LD_PRELOAD": "/lib/direct.so:/lib/mine.so"}, ("GPU-a", "GPU-b"), "/lib/mine.so"),
+        ({"LD_PRELOAD": "/lib/direct.so"}, ("GPU-a",), "/lib/direct.so"),
     ],
 )
 def test_who_has_one_gpu_or_wants_it_gets_the_library(

@@ -30,10 +30,34 @@ def test_a_program_with_these_variables_has_the_library() -> None:
 
 
 def test_what_is_preloaded_already_stays_and_nothing_is_twice() -> None:
-    once = preload.preloaded("/lib/direct.so", {"LD_PRELOAD": "/lib/mine.so::/lib/yours.so"})
-    assert once == {"LD_PRELOAD": "/lib/direct.so:/lib/mine.so:/lib/yours.so"}
+    env = {"PATH": "/bin", "LD_PRELOAD": "/lib/mine.so::/lib/yours.so /lib/theirs.so"}
+    once = preload.preloaded("/lib/direct.so", env)
+    assert once == {
+        "PATH": "/bin",
+        "LD_PRELOAD": "/lib/direct.so:/lib/mine.so:/lib/yours.so:/lib/theirs.so",
+    }
     assert preload.preloaded("/lib/direct.so", once) == once
-    assert preload.preloaded("/lib/direct.so", {"PATH": "/bin"}) == {"LD_PRELOAD": "/lib/direct.so"}
+    assert preload.preloaded("/lib/direct.so", {}) == {"LD_PRELOAD": "/lib/direct.so"}
+
+
+def test_it_can_be_taken_out_again() -> None:
+    env = {"PATH": "/bin", "LD_PRELOAD": "/lib/direct.so:/lib/mine.so"}
+    assert preload.not_preloaded("/lib/direct.so", env) == {
+        "PATH": "/bin",
+        "LD_PRELOAD": "/lib/mine.so",
+    }
+    env["LD_PRELOAD"] = "/lib/direct.so"
+    assert preload.not_preloaded("/lib/direct.so", env) == {"PATH": "/bin"}
+    assert preload.not_preloaded("/lib/direct.so", {"PATH": "/bin"}) == {"PATH": "/bin"}
+
+
+@needs_library
+def test_a_host_has_what_the_daemon_gives_it_and_not_what_its_worker_has() -> None:
+    pytest.importorskip("ray")
+    from ray_integration.hosting import host_environment
+
+    worker = {"LD_PRELOAD": f"{preload.library()}:/lib/mine.so", "RAY_JOB_ID": "1"}
+    assert host_environment(worker, {})["LD_PRELOAD"] == "/lib/mine.so"
 
 
 @pytest.mark.parametrize("place", ["without", "with space", "with:colon"])

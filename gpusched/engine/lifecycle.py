@@ -20,7 +20,7 @@ from gpusched.engine.events import Launched
 from gpusched.engine.model import Operation, Process, to_record
 from gpusched.engine.survey import take_sample
 from gpusched.ports import OFF_GPU, DriverState, Identity, Launch, Member, User
-from gpusched.preload import preloaded
+from gpusched.preload import not_preloaded, preloaded
 from gpusched.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,9 @@ class Lifecycle:
         given = {**limits.default_env, **(login if params.env is None else params.env)}
         # With several GPUs, CUDA IPC between the workers of one command is likely, and such memory does not have it.
         if limits.preload and (len(gpus) == 1 or given.get("GPUSCHED_DIRECT") == "1"):
-            given |= preloaded(limits.preload, given)
+            given = preloaded(limits.preload, given)
+        elif limits.preload:  # the caller may have it itself
+            given = not_preloaded(limits.preload, given)
         return {
             **given,
             **limits.forced_env,

@@ -8,7 +8,7 @@ before its memory has left.
     lock        close the gate                               (else the driver's lock)
     checkpoint  export, copy || unmap, the driver's lock and checkpoint; the process holds on to its memory by
                 descriptors until the copy is complete
-    restore     the driver's restore and unlock; make memory, copy, map
+    restore     the driver's restore and unlock; make memory, copy || map
     unlock      open the gate
 
 What is true is asked anew each time: the phase from the process's page, the driver's state, the pool's manifests. So

@@ -21,7 +21,7 @@ from gpusched.mechanisms.cuda import pool
 from gpusched.mechanisms.cuda.driver import CONTEXT_BYTES
 from gpusched.mechanisms.cuda.mover_client import Mover, Movers
 from gpusched.mechanisms.cuda.pool import Pool, Slice, Snapshot
-from gpusched.mechanisms.cuda.target import Piece, Refused, Target
+from gpusched.mechanisms.cuda.target import Phase, Piece, Refused, Target
 from gpusched.ports import DriverApi, DriverState
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ class Passage:
         (stream-ordered, managed memory) would stay as well.
 
         Raises NotBegun; any other error leaves the process parked, with all contents in the pool or held by it. A
-        process that may not have a descriptor for each piece cannot hold it: then the copy comes before all else.
+        process that may not have a descriptor for each piece cannot hold it: then the copy comes before the rest.
         """
         snapshot, deep = self._begin(target, keep_context=keep_context)
-        holds = target.can_hold(len(snapshot.places))
+        at_once = deep and target.can_hold(len(snapshot.places))
         has_begun = False
         try:
             with contextlib.ExitStack() as jobs:
@@ -78,26 +78,23 @@ class Passage:
                     # With the context's checkpoint beside the copy, mapping goes first, which is slow beside a copy;
                     # without, the copy begins with the first pieces.
                     _hand_over(
-                        target.export(keep=holds),
-                        snapshot.by_gpu(),
-                        movers,
-                        and_go=not (deep and holds),
+                        target.export(keep=at_once), snapshot.by_gpu(), movers, and_go=not at_once
                     )
                     _go(movers, out=True)
-                if not holds:
+                if not at_once:
                     self._finish_copy(snapshot, movers, phases)
                 has_begun = True
                 with phases.time("unmap"):
                     target.park()
                 phases.path = "direct"
-                if holds:
+                if at_once:
                     with ThreadPoolExecutor(1, "copy") as thread:
                         copying = thread.submit(self._finish_copy, snapshot, movers, phases)
-                        if deep:
-                            self._checkpoint_context(target.pid, phases)
+                        self._checkpoint_context(target.pid, phases)
                         copying.result()
         except (errors.GpuschedError, OSError, Refused, TimeoutError) as error:
-            if has_begun:
+            # A refusal is an answer, so the phase is true; after another error it may yet become another one.
+            if has_begun and not (isinstance(error, Refused) and target.phase == Phase.CLOSED):
                 raise
             # Not before the movers have ended: they may be copying into chunks that others are given next.
             self._pool.release(target.pid, snapshot.start_ticks)
@@ -106,7 +103,7 @@ class Passage:
                 target.drop()
             raise NotBegun from error
         self._let_go(target)
-        if deep and not holds:
+        if deep and not at_once:
             self._checkpoint_context(target.pid, phases)
 
     def _begin(self, target: Target, *, keep_context: bool) -> tuple[Snapshot, bool]:
@@ -132,7 +129,7 @@ class Passage:
             self._driver.checkpoint(pid)
 
     def deepen(self, target: Target, phases: Phases) -> None:
-        """Nothing of a parked process is left on the GPU after it: what an interrupted freeze has left there goes too.
+        """Nothing of a parked process is left on the GPU after it: what an interrupted move has left there goes too.
 
         Raises GpuschedError, OSError, TimeoutError; it is parked still.
         """
@@ -144,6 +141,7 @@ class Passage:
             self._let_go(target)
         with phases.time("context"):
             if self._state(target) == DriverState.RUNNING:
+                target.park()  # also what a thaw that failed had made anew: it has no contents
                 self._driver.lock(target.pid, LOCK_S)
             if self._state(target) == DriverState.LOCKED:
                 self._driver.checkpoint(target.pid)
@@ -213,7 +211,7 @@ class Passage:
                 _go(movers, out=False)
                 # It takes longer the more GPUs there are, and needs none of the contents. Where it fails (a library
                 # that does not know it, say) that is found and told of below.
-                with contextlib.suppress(Refused):
+                with contextlib.suppress(Refused, TimeoutError):
                     target.map()
                 for mover in movers.values():
                     mover.finish(snapshot.size_bytes)
