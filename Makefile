@@ -43,7 +43,11 @@ criu: ## a CRIU of its own in PREFIX (.criu), for the disk tier; ARCHIVE=URL nam
 
 test: $(READY) ## the tests; needs no GPU (ARGS="-k name" passes options to pytest)
 	@test "$$(id -u)" != 0 || ./scripts/make_criu.sh .criu || echo "make: the tests of the disk tier need the system's CRIU, then" >&2
+ifeq ($(ARGS),)
+	$(BIN)/python scripts/run_tests.py
+else
 	$(PYTEST) $(ARGS)
+endif
 
 check: $(READY) ## ruff, its formatter, mypy --strict and the architecture's contracts
 	$(BIN)/ruff check .
