@@ -92,6 +92,10 @@ class LiveTrees:
         """The live processes with our mark, found without the code under test. Zombies have no environment."""
         return {pid for pid in all_pids() if self.mark in environment_of(pid)}
 
+    def sleepers(self) -> set[int]:
+        """Those of them that are sleep(1) already: a shell that has yet to become one comes and goes."""
+        return {pid for pid in self.marked() if command_line(pid).startswith("sleep ")}
+
     def supervisors(self) -> set[int]:
         """Processes that name our directory and are supervisors."""
         return {
