@@ -1,6 +1,6 @@
 """Attached mode: actors that somebody else wrote take turns on a GPU, with nothing changed in them.
 
-Needs a gpusched daemon and ray, with PyTorch on a real GPU. Simulated: set GPUSCHED_SIM_DIR to the daemon's directory.
+Needs a gpusched daemon and ray, with PyTorch on a real GPU. Simulated: with GPUSCHED_SIM_DIR as in examples/README.md.
 """
 
 from __future__ import annotations

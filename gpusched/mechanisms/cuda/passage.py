@@ -131,7 +131,7 @@ class Passage:
     def deepen(self, target: Target, phases: Phases) -> None:
         """Nothing of a parked process is left on the GPU after it: what an interrupted move has left there goes too.
 
-        Raises GpuschedError, OSError, TimeoutError; it is parked still.
+        Raises GpuschedError, OSError, Refused, TimeoutError; it is parked still.
         """
         phases.path = "direct"
         snapshot = self._pool.find(target.pid, start_ticks(target.pid))
